@@ -1,0 +1,111 @@
+"""Blocks by name.
+
+    @register("mine")
+    class Mine(Block):
+        def __init__(self, *, d_model, n_heads, outer, conv, depth, my_option=1): ...
+
+Every module of the package ``arena.blocks`` is imported with it, so a new file there needs no list to be edited; a
+file elsewhere registers its block when it is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from arena.blocks.base import Block
+
+OUTERS = ("common", "official")
+CONVS = ("none", "static", "dynamic-lowrank", "dynamic-headwise", "gate")
+_SHARED = ("d_model", "n_heads", "outer", "conv", "depth")
+
+Builder = TypeVar("Builder", bound=Callable[..., Block])
+_BUILDERS: dict[str, Callable[..., Block]] = {}
+
+
+def register(name: str) -> Callable[[Builder], Builder]:
+    """Decorator: make a class or function known as ``name``.
+
+    It is called with the keywords ``d_model, n_heads, outer, conv, depth`` (see :func:`build_block`) and with its own
+    options, which must be keyword arguments with defaults.
+
+    Raises:
+        ValueError: If the name is taken by another builder.
+    """
+
+    def add(builder: Builder) -> Builder:
+        taken = _BUILDERS.get(name)
+        if taken is not None and taken is not builder:
+            raise ValueError(f"block name {name!r} is taken by {taken!r}")
+        _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+def block_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_BUILDERS)
+
+
+def block_options(name: str) -> dict[str, Any]:
+    """The options of a block and their defaults, without the five arguments that all blocks share."""
+    parameters = inspect.signature(_builder(name)).parameters
+    return {key: value.default for key, value in parameters.items() if key not in _SHARED}
+
+
+def build_block(
+    name: str,
+    *,
+    d_model: int,
+    n_heads: int,
+    outer: str = "common",
+    conv: str | None = None,
+    depth: float = 0.0,
+    **options: Any,
+) -> Block:
+    """Build a block with fresh weights from torch's global generator.
+
+    Args:
+        name: One of :func:`block_names`.
+        d_model: Width D of the input and output.
+        n_heads: Heads H; must divide ``d_model``.
+        outer: ``"common"`` (one layer shared by all architectures, only the memory differs) or ``"official"`` (the
+            layer of the architecture's paper).
+        conv: Short convolution, one of :data:`CONVS`; None means the one that ``outer`` implies.
+        depth: Position in the stack, layer index / max(layers - 1, 1), for initialisations that depend on it.
+        **options: Of the architecture, see :func:`block_options`.
+
+    Raises:
+        ValueError: If a name, a value or an option is unknown, or the sizes do not fit.
+    """
+    builder = _builder(name)
+    if d_model < 1 or n_heads < 1 or d_model % n_heads:
+        raise ValueError(
+            f"d_model must be a positive multiple of n_heads, got d_model={d_model}, n_heads={n_heads}"
+        )
+    if outer not in OUTERS:
+        raise ValueError(f"unknown outer {outer!r}{near(outer, OUTERS)}")
+    if conv is not None and conv not in CONVS:
+        raise ValueError(f"unknown conv {conv!r}{near(conv, CONVS)}")
+    known = block_options(name)
+    for key in options:
+        if key not in known:
+            raise ValueError(f"block {name!r} has no option {key!r}{near(key, list(known))}")
+    return builder(d_model=d_model, n_heads=n_heads, outer=outer, conv=conv, depth=depth, **options)
+
+
+def near(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """The tail of an error message: names that resemble ``word``, or else all that are known."""
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {', '.join(close)}?"
+    return f"; known: {', '.join(known) or 'none'}"
+
+
+def _builder(name: str) -> Callable[..., Block]:
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown block {name!r}{near(name, block_names())}")
+    return _BUILDERS[name]

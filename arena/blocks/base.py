@@ -1,7 +1,7 @@
 """The one interface of all sequence mixers: :class:`Block`.
 
-Axes in names and comments: B batch, T tokens, D model width, H heads, K key channels of a head, V value channels
-of a head, W convolution width.
+Axes in names and comments: B batch, T tokens, D model width, H heads, K key channels of a head, V value
+channels of a head, W convolution width.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ State = dict[str, Tensor]
 class Block(nn.Module):
     """A causal sequence mixer from x [B,T,D] to y [B,T,D], without residual and without pre-norm.
 
-    A subclass implements :meth:`forward`, :meth:`initial_state` and :meth:`trace`. Blocks are pure: forward keeps
-    nothing on the Python side, calls no ``.item()`` and has no shape that depends on data, so that a fleet of
-    replicas can run it under ``torch.func.vmap``. Initial weights are drawn in the constructor from torch's global
-    generator; ``arena.model.build_model`` forks and seeds it.
+    A subclass implements :meth:`forward`, :meth:`initial_state` and :meth:`trace`. Blocks are pure: forward
+    keeps nothing on the Python side, calls no ``.item()`` and has no shape that depends on data, so that a fleet
+    of replicas can run it under ``torch.func.vmap``. Initial weights are drawn in the constructor from torch's
+    global generator; ``arena.model.build_model`` forks and seeds it.
 
     Attributes:
         d_model: D, the width of x and y.
-        mlp: Which MLP the model puts after the block: ``"swiglu"`` (the model's default one), ``"gelu"`` (gated
-            GELU of factor 1.3, official sLSTM) or ``"none"`` (official mLSTM and Mamba-2).
+        mlp: Which MLP the model puts after the block: ``"swiglu"`` (the model's default one), ``"gelu"``
+            (gated GELU of factor 1.3, official sLSTM) or ``"none"`` (official mLSTM and Mamba-2).
     """
 
     mlp: Literal["swiglu", "gelu", "none"] = "swiglu"
@@ -38,7 +38,7 @@ class Block(nn.Module):
         self.d_model = d_model
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Mix x [B,T,D] causally; ``state`` (None: the initial one) continues a sequence, the new one comes back."""
+        """Mix x [B,T,D] causally; returns y and the state from which the sequence can go on (None: initial)."""
         raise NotImplementedError
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
@@ -54,7 +54,7 @@ class Block(nn.Module):
         Args:
             batch_size: B.
             device: None means the parameters' device.
-            dtype: Type of x; None means the parameters' type. Memories are kept in fp32 or better all the same.
+            dtype: Type of x; None means the parameters' type. Memories are fp32 or better all the same.
         """
         raise NotImplementedError
 
@@ -69,9 +69,9 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def state_bytes(self, length: int = 0) -> int:
-        """Bytes that one sequence carries after ``length`` tokens, measured on a state that the block returned.
+        """Bytes that one sequence carries after ``length`` tokens, measured on a state that the block gave.
 
-        Only a state that grows (a key-value cache) is run to ``length``; any other has its size after one token.
+        Only a state that grows (a key-value cache) is run to ``length``; others have their size at once.
         """
         reference = next(self.parameters())
         x = reference.new_zeros(1, max(length, 1), self.d_model)

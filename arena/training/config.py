@@ -69,6 +69,11 @@ class TrainConfig:
         for name in ("eval_lengths", "valid_lengths"):
             if any(length < 1 for length in getattr(self, name)):
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        both = sorted({*self.eval_lengths} & {*self.valid_lengths})
+        if both:
+            raise ValueError(
+                f"eval_lengths and valid_lengths share {both}: what is reported must not be chosen on"
+            )
         if not 0.0 <= self.final_lr_fraction <= 1.0:
             raise ValueError(f"final_lr_fraction must be within 0..1, not {self.final_lr_fraction}")
         if not 0.0 <= self.beta1 < 1.0:

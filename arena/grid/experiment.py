@@ -1,0 +1,298 @@
+"""Experiment files: what to train, as strictly validated TOML.
+
+An experiment is data. Nothing in it is executed, an unknown key is an error that names the near one, and
+every problem is one line: :class:`ExperimentError` carries that line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+
+class ExperimentError(ValueError):
+    """The request is wrong. The message is one line that says what and what would be right."""
+
+
+def _listed(value: Any) -> Any:
+    """Let a file write ``lr = 1e-3`` for ``lr = [1e-3]``."""
+    return value if isinstance(value, list) else [value]
+
+
+def _counted(value: Any) -> Any:
+    """Let a file write ``seeds = 3`` for ``seeds = [0, 1, 2]``."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 1 <= value <= 10_000:
+            raise ValueError("a number of seeds is between 1 and 10000")
+        return list(range(value))
+    return value
+
+
+def _ranged(value: Any) -> Any:
+    """Let a file write ``train_lengths = 64`` for ``train_lengths = [64, 64]``."""
+    return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Seeds = Annotated[list[NonNegativeInt], BeforeValidator(_counted), Field(min_length=1)]
+Rates = Annotated[list[PositiveFloat], BeforeValidator(_listed), Field(min_length=1)]
+Decays = Annotated[list[NonNegativeFloat], BeforeValidator(_listed), Field(min_length=1)]
+Lengths = Annotated[list[PositiveInt], BeforeValidator(_listed), Field(min_length=1)]
+LengthRange = Annotated[list[PositiveInt], BeforeValidator(_ranged), Field(min_length=2, max_length=2)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(_Strict):
+    """``[model]``: the model, for every architecture alike."""
+
+    d_model: PositiveInt = 64
+    """Width of the residual stream."""
+    n_layers: PositiveInt = 2
+    """Number of blocks."""
+    n_heads: PositiveInt = 2
+    """Heads of each block."""
+    outer: Literal["common", "official"] = "common"
+    """The shared outer layer, or each paper's whole layer."""
+    conv: str | None = None
+    """The short convolution of every block; absent: the block's own default."""
+    mlp_ratio: PositiveFloat | None = None
+    """Hidden width of the MLP over ``d_model``; absent: the model's default."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to every block."""
+
+
+class ModelOverride(_Strict):
+    """``[overrides.NAME]``: what differs from ``[model]`` for one architecture; ``options`` are merged."""
+
+    d_model: PositiveInt | None = None
+    n_layers: PositiveInt | None = None
+    n_heads: PositiveInt | None = None
+    outer: Literal["common", "official"] | None = None
+    conv: str | None = None
+    mlp_ratio: PositiveFloat | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class TaskSection(_Strict):
+    """``[[tasks]]``: one task with its parameters and lengths."""
+
+    name: str
+    """A name of ``arena list tasks``."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """The task's own parameters."""
+    train_lengths: LengthRange
+    """Shortest and longest training sequence; a single number for one length."""
+    eval_lengths: Lengths
+    """Sequence lengths that are reported (split test)."""
+    train_length_choices: list[PositiveInt] = Field(default_factory=list)
+    """Train on these lengths of the range only; absent: on all that the task accepts."""
+    valid_lengths: list[PositiveInt] = Field(default_factory=list)
+    """Lengths of the learning curve and of tuning (split valid); absent: the longest training length and
+    twice that."""
+    steps: PositiveInt | None = None
+    """Instead of ``[train] steps``."""
+    batch_size: PositiveInt | None = None
+    """Instead of ``[train] batch_size``."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TaskSection:
+        if self.train_lengths[0] > self.train_lengths[1]:
+            raise ValueError(f"train_lengths {self.train_lengths} should be [shortest, longest]")
+        _distinct("eval_lengths", self.eval_lengths)
+        return self
+
+
+class TrainSection(_Strict):
+    """``[train]``: optimisation and evaluation, for every run alike; the trainer's default where absent."""
+
+    steps: PositiveInt
+    """Optimiser steps."""
+    batch_size: PositiveInt = 64
+    """Sequences a step."""
+    eval_every: NonNegativeInt | None = None
+    """Steps between two points of the learning curve; 0: none."""
+    eval_examples: PositiveInt | None = None
+    """Sequences for each split and length of an evaluation."""
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Where the cosine ends, as a fraction of the peak rate."""
+    stop_at: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Freeze a run whose accuracy reaches this on every valid length; absent: never, as comparisons need."""
+    data_seed: NonNegativeInt | None = None
+    """Seed of the lengths of the steps and of the evaluation sets."""
+    warmup: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Fraction of the steps over which the rate rises to its peak."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """AdamW's first-moment decay."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """AdamW's second-moment decay."""
+    clip: PositiveFloat | None = None
+    """Largest norm of the gradient."""
+
+
+class Experiment(_Strict):
+    """A whole experiment file.
+
+    Runs are the product ``tasks x archs x (lr x weight_decay) x seeds``.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+    """Names the default result folder."""
+    title: str = ""
+    """A heading for the report."""
+    claim: str = ""
+    """What the experiment is meant to show or test, in a sentence or two."""
+    archs: Annotated[list[str], Field(min_length=1)]
+    """Names of ``arena list archs``, stacks included (``gdn2+swa``, ``xlstm[1:1]``)."""
+    tasks: Annotated[list[TaskSection], Field(min_length=1)]
+    seeds: Seeds = [0, 1, 2]
+    """A number of seeds, or the seeds."""
+    lr: Rates = [1e-3]
+    """Peak learning rate, or several: every pair with ``weight_decay`` is one point (``trial``)."""
+    weight_decay: Decays = [0.1]
+    """Decoupled weight decay, or several."""
+    fleet_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Largest number of runs that train together; it changes speed, not results."""
+    model: ModelSection = ModelSection()
+    overrides: dict[str, ModelOverride] = Field(default_factory=dict)
+    train: TrainSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        for field in ("archs", "seeds", "lr", "weight_decay"):
+            _distinct(field, getattr(self, field))
+        for arch in self.overrides:
+            if arch not in self.archs:
+                raise ValueError(
+                    f"[overrides.{arch}] is about no architecture of this experiment{near(arch, self.archs)}"
+                )
+        return self
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """The (lr, weight_decay) pairs; the index of a pair is the column ``trial``."""
+        return list(itertools.product(self.lr, self.weight_decay))
+
+
+def _distinct(field: str, values: Sequence[Any]) -> None:
+    repeated = sorted({str(v) for v in values if values.count(v) > 1})
+    if repeated:
+        raise ValueError(f"{field} repeats {', '.join(repeated)}")
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'a' or 'b'?"``, or what there is when nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    if close:
+        return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def shipped() -> list[str]:
+    """Names of the experiments that come with the package."""
+    folder = resources.files("experiments")
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load_experiment(source: str | Path) -> Experiment:
+    """Read and validate an experiment file.
+
+    Args:
+        source: a path that ends in ``.toml``, or the bare name of a shipped experiment.
+
+    Raises:
+        ExperimentError: one line about the first problem, with its place.
+    """
+    path = Path(source)
+    try:
+        if path.suffix == ".toml":
+            text, label = path.read_text(encoding="utf-8"), str(source)
+        elif str(source) in shipped():
+            text = (resources.files("experiments") / f"{source}.toml").read_text(encoding="utf-8")
+            label = f"{source}.toml"
+        else:
+            hint = near(str(source), shipped())
+            raise ExperimentError(f"no experiment {str(source)!r}{hint} (or give a path that ends in .toml)")
+    except OSError as error:
+        raise ExperimentError(f"cannot read {source}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ExperimentError(f"{source} is not UTF-8 text") from None
+    try:
+        data = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ExperimentError(f"{label} is not valid TOML: {one_line(error)}") from None
+    return parse_experiment(data, label=label)
+
+
+def parse_experiment(data: Mapping[str, Any], *, label: str = "experiment") -> Experiment:
+    """Validate an experiment that is already a mapping.
+
+    Raises:
+        ExperimentError: one line about the first problem, with its place.
+    """
+    try:
+        return Experiment.model_validate(dict(data))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ExperimentError(f"{label}: {_problem(problems[0], data)}{more}") from None
+
+
+def one_line(error: object) -> str:
+    """The text of an error on one line, shortened where it is very long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelSection,
+    "train": TrainSection,
+    "tasks": TaskSection,
+    "overrides": ModelOverride,
+}
+
+
+def _problem(problem: Any, data: Mapping[str, Any]) -> str:
+    """One validation problem of pydantic as a sentence: what, where, and the near key."""
+    loc = list(problem["loc"])
+    section: type[BaseModel] = Experiment
+    rest, place = loc, "at the top level"
+    if loc and loc[0] in _SECTIONS:
+        section, rest, place = _SECTIONS[str(loc[0])], loc[1:], f"in [{loc[0]}]"
+        if loc[0] == "tasks" and rest:
+            number, rest = rest[0], rest[1:]
+            entry = data["tasks"][number] if isinstance(number, int) else {}
+            name = entry.get("name") if isinstance(entry, Mapping) else None
+            place = f"in [[tasks]] number {int(number) + 1}" + (f" ({name})" if isinstance(name, str) else "")
+        elif loc[0] == "overrides" and rest:
+            place, rest = f"in [overrides.{rest[0]}]", rest[1:]
+    key = ".".join(str(part) for part in rest)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r} {place}{near(str(rest[-1]), section.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{key!r} is missing {place}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not rest:
+        return message if not loc else f"{message} {place}"
+    return f"{key} = {one_line(repr(problem['input']))} {place}: {message}"

@@ -1,0 +1,265 @@
+"""Experiment -> runs -> fleets: every field resolved, every run with an id, every fleet with its members."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from arena.grid.experiment import Experiment, ExperimentError, TaskSection, one_line
+
+ID_LENGTH = 16
+"""Hex digits of a run id: 64 bits, so 128,000 runs collide with a chance of about 4e-10."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One model to be trained once."""
+
+    experiment: str
+    """Name of the experiment that asked for it; no part of the id."""
+    trial: int
+    """Index of its (lr, weight_decay) among the experiment's points; no part of the id."""
+    config: Mapping[str, Any]
+    """Every field that can change the result, JSON values only: ``model``, ``task``, ``train``, ``replica``,
+    ``versions``, ``device``, ``dtype``, ``backend``."""
+    id: str = field(init=False)
+    """Hash of ``config``."""
+    group: str = field(init=False)
+    """Hash of all of ``config`` but ``replica``: runs of one group can train together."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", digest(self.config))
+        shared = {key: value for key, value in self.config.items() if key != "replica"}
+        object.__setattr__(self, "group", digest(shared))
+
+    @property
+    def planned_tokens(self) -> float:
+        """Positions that the run will train on, on average over its range of lengths."""
+        train = self.config["train"]
+        return train["steps"] * train["batch_size"] * sum(train["train_lengths"]) / 2
+
+    @property
+    def label(self) -> str:
+        """For people: architecture, task, seed."""
+        return f"{self.config['model']['arch']} {self.config['task']['name']} seed {self.config['replica']['seed']}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """Runs of one group that train together, in this order."""
+
+    runs: tuple[Run, ...]
+    id: str = field(init=False)
+    """Hash of the members' ids."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", digest([run.id for run in self.runs]))
+
+    @property
+    def planned_tokens(self) -> float:
+        """Positions over all members."""
+        return sum(run.planned_tokens for run in self.runs)
+
+    @property
+    def label(self) -> str:
+        """For people: architecture, task, number of runs."""
+        config = self.runs[0].config
+        count = len(self.runs)
+        return f"{config['model']['arch']} · {config['task']['name']} · {count} run{'s' if count > 1 else ''}"
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """The first ``ID_LENGTH`` hex digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:ID_LENGTH]
+
+
+def result_versions(task: Any) -> dict[str, int]:
+    """The hand-bumped result version of each part; a part raises its own when its results change."""
+    import arena.blocks
+    import arena.model
+    import arena.training
+    import kernels
+    import synthetic_tasks
+
+    parts = {
+        "synthetic_tasks": synthetic_tasks,
+        "kernels": kernels,
+        "blocks": arena.blocks,
+        "model": arena.model,
+        "training": arena.training,
+    }
+    return {
+        "task": task.version,
+        **{name: getattr(module, "RESULT_VERSION", 0) for name, module in parts.items()},
+    }
+
+
+def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
+    """All runs of an experiment, in the order tasks, architectures, points, seeds.
+
+    Everything that can be refused is refused here, before anything is trained: names, parameters, lengths, and each
+    architecture is built once.
+
+    Raises:
+        ExperimentError: one line that says what is wrong.
+    """
+    from arena.training import Replica, TrainConfig
+
+    section = experiment.train.model_dump(exclude_none=True)
+    replica_fields = {key: section.pop(key) for key in ("warmup", "beta2", "clip") if key in section}
+    replicas = [
+        (trial, _plain(asdict(Replica(seed=seed, lr=lr, weight_decay=decay, **replica_fields))))
+        for trial, (lr, decay) in enumerate(experiment.points)
+        for seed in experiment.seeds
+    ]
+    runs: list[Run] = []
+    for position, entry in enumerate(experiment.tasks):
+        task = _task(entry)
+        own = entry.model_dump(include={"steps", "batch_size"}, exclude_none=True)
+        lengths = {
+            key: tuple(getattr(entry, key))
+            for key in ("train_lengths", "train_length_choices", "eval_lengths", "valid_lengths")
+        }
+        try:
+            train = TrainConfig(**{**section, **own, **lengths})
+        except ValueError as error:
+            raise ExperimentError(f"task {entry.name}: {one_line(error)}") from None
+        for arch in experiment.archs:
+            model = _model(experiment, arch, task, build=position == 0)
+            shared = _plain(
+                {
+                    "model": model,
+                    "task": {"name": task.name, "params": task.params},
+                    "train": asdict(train),
+                    "versions": result_versions(task),
+                    "device": device,
+                    "dtype": "float32",
+                    "backend": backend_name(device),
+                }
+            )
+            runs += [
+                Run(experiment=experiment.name, trial=trial, config={**shared, "replica": replica})
+                for trial, replica in replicas
+            ]
+    ids = [run.id for run in runs]
+    if len(set(ids)) < len(ids):
+        twice = runs[next(i for i, run_id in enumerate(ids) if run_id in ids[:i])]
+        raise ExperimentError(f"two entries of the experiment ask for the same run: {twice.label}")
+    return runs
+
+
+def plan_fleets(runs: Sequence[Run], fleet_size: int, recorded: Iterable[Sequence[str]] = ()) -> list[Fleet]:
+    """Who trains with whom: a function of the runs and of the fleets that the store has recorded.
+
+    Recorded fleets (finished ones, and the halves of one that did not fit into memory) stay as they were; the
+    other runs of a group are cut into pieces of ``fleet_size`` in their order. As finished fleets are such pieces,
+    the answer is the same whenever it is asked, whatever is missing. Largest fleets first, so that workers end
+    together.
+
+    Args:
+        runs: of one experiment or of several.
+        fleet_size: most runs in a fleet.
+        recorded: ids of the members of each recorded fleet.
+    """
+    groups: dict[str, dict[str, Run]] = {}
+    group_of: dict[str, str] = {}
+    for run in runs:
+        groups.setdefault(run.group, {})[run.id] = run
+        group_of[run.id] = run.group
+    fleets: list[Fleet] = []
+    # smallest first: where a fleet and its halves are both recorded, the halves are what fits
+    for members in sorted(recorded, key=lambda m: (len(m), list(m))):
+        group = groups.get(group_of.get(members[0], ""), {}) if members else {}
+        if members and all(run_id in group for run_id in members):
+            fleets.append(Fleet(runs=tuple(group.pop(run_id) for run_id in members)))
+    for group in groups.values():
+        rest = list(group.values())
+        fleets += [
+            Fleet(runs=tuple(rest[start : start + fleet_size])) for start in range(0, len(rest), fleet_size)
+        ]
+    order = {run.id: index for index, run in enumerate(runs)}
+    return sorted(fleets, key=lambda fleet: (-fleet.planned_tokens, order[fleet.runs[0].id]))
+
+
+def split_fleet(fleet: Fleet) -> list[Fleet]:
+    """Two halves of a fleet that did not fit into memory."""
+    middle = (len(fleet.runs) + 1) // 2
+    return [Fleet(runs=half) for half in (fleet.runs[:middle], fleet.runs[middle:]) if half]
+
+
+def backend_name(device: str) -> str:
+    """The backend that ``kernels`` will use on a device."""
+    del device  # the same torch path everywhere until there is a fused one
+    return os.environ.get("ARENA_BACKEND", "chunked")
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back (tuples become lists).
+
+    Raises:
+        ExperimentError: it holds what JSON has no word for: dates, NaN.
+    """
+    try:
+        return json.loads(canonical(value))
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(
+            f"a parameter or option is neither text, number nor list: {one_line(error)}"
+        ) from None
+
+
+def _task(entry: TaskSection) -> Any:
+    import synthetic_tasks
+
+    try:
+        task = synthetic_tasks.get(entry.name, **entry.params)
+    except (ValueError, TypeError) as error:
+        raise ExperimentError(f"task {entry.name!r}: {one_line(error)}") from None
+    for key in ("eval_lengths", "valid_lengths", "train_length_choices"):
+        for length in getattr(entry, key):
+            try:
+                task.check_length(length)
+            except ValueError as error:
+                raise ExperimentError(f"task {entry.name!r}, {key}: {one_line(error)}") from None
+    shortest, longest = entry.train_lengths
+    refusal: ValueError | None = None
+    for length in range(shortest, longest + 1):
+        try:
+            task.check_length(length)
+            return task
+        except ValueError as error:
+            refusal = error
+    raise ExperimentError(
+        f"task {entry.name!r} accepts no length of train_lengths [{shortest}, {longest}]: {one_line(refusal)}"
+    )
+
+
+def _model(experiment: Experiment, arch: str, task: Any, *, build: bool) -> dict[str, Any]:
+    from arena.model import ModelConfig, build_model
+
+    fields = experiment.model.model_dump(exclude_none=True)
+    if arch in experiment.overrides:
+        override = experiment.overrides[arch].model_dump(exclude_none=True)
+        override["options"] = {**fields["options"], **override["options"]}
+        fields.update(override)
+    try:
+        config = ModelConfig(
+            arch=arch,
+            vocab_size=task.vocab_size,
+            n_classes=task.n_classes,
+            tokens_per_position=task.tokens_per_position,
+            **fields,
+        )
+        if build:
+            build_model(config, seed=0)
+    except (ValueError, TypeError) as error:
+        raise ExperimentError(f"architecture {arch!r}: {one_line(error)}") from None
+    return {**asdict(config), "options": dict(config.options)}

@@ -1,0 +1,216 @@
+"""Reading a result folder: tidy tables and trained models. No lock is needed, also while a grid is
+running."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from arena.grid.plan import canonical
+from arena.grid.store import CHECKSUMS, StoreError, read_plan
+
+ROW_SCHEMA: dict[str, Any] = {
+    "experiment": pl.String,
+    "run_id": pl.String,
+    "fleet_id": pl.String,
+    "arch": pl.String,
+    "model_params": pl.String,
+    "task": pl.String,
+    "task_params": pl.String,
+    "seed": pl.Int64,
+    "trial": pl.Int64,
+    "split": pl.String,
+    "eval_length": pl.Int64,
+    "metric": pl.String,
+    "value": pl.Float64,
+    "chance": pl.Float64,
+    "n_examples": pl.Int64,
+    "params": pl.Int64,
+    "state_bytes": pl.Int64,
+    "steps": pl.Int64,
+    "train_tokens": pl.Int64,
+    "train_length_min": pl.Int64,
+    "train_length_max": pl.Int64,
+    "lr": pl.Float64,
+    "weight_decay": pl.Float64,
+    "wall_s": pl.Float64,
+    "device": pl.String,
+    "backend": pl.String,
+    "dtype": pl.String,
+    "status": pl.String,
+    "version": pl.String,
+    "environment": pl.String,
+    "reason": pl.String,
+}
+"""Columns of the result table. ``model_params`` and ``task_params`` are canonical JSON; ``chance`` is the
+score of an uninformed guess; ``state_bytes`` is what one sequence of ``eval_length`` carries; ``status`` is
+``done``, ``diverged`` or ``failed`` (then ``value`` is null and ``reason`` says why); ``version`` lists the
+result versions; ``environment`` is a digest of the run's environment.json."""
+
+CURVE_SCHEMA: dict[str, Any] = {
+    **{key: ROW_SCHEMA[key] for key in ("run_id", "arch", "task", "task_params", "seed", "trial")},
+    "lr": pl.Float64,
+    "weight_decay": pl.Float64,
+    "step": pl.Int64,
+    **{key: ROW_SCHEMA[key] for key in ("split", "eval_length", "metric", "value", "chance", "n_examples")},
+}
+"""Columns of the learning curves."""
+
+
+def run_columns(run_id: str, trial: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that a run's configuration determines."""
+    train, replica = config["train"], config["replica"]
+    return {
+        "run_id": run_id,
+        "arch": config["model"]["arch"],
+        "model_params": canonical(config["model"]),
+        "task": config["task"]["name"],
+        "task_params": canonical(config["task"]["params"]),
+        "seed": replica["seed"],
+        "trial": trial,
+        "train_length_min": train["train_lengths"][0],
+        "train_length_max": train["train_lengths"][1],
+        "lr": replica["lr"],
+        "weight_decay": replica["weight_decay"],
+        "device": config["device"],
+        "backend": config["backend"],
+        "dtype": config["dtype"],
+        "version": " ".join(f"{part}={number}" for part, number in sorted(config["versions"].items())),
+    }
+
+
+def load_results(directory: str | Path, *, all_requests: bool = False) -> pl.DataFrame:
+    """The result table of a folder, one row a measurement, in a fixed order.
+
+    Args:
+        directory: a result folder, as given to ``arena grid --out``.
+        all_requests: also runs that an earlier request left there and the last one does not name (another
+            number of steps, say). Mixed into means they would mislead.
+
+    Returns:
+        Columns as in :data:`ROW_SCHEMA`. A failed run has one row without a value.
+
+    Raises:
+        StoreError: the folder does not exist or holds no results.
+    """
+    frame = _load(Path(directory), "rows.parquet", ROW_SCHEMA, all_requests)
+    failed = _failures(Path(directory), set(frame["run_id"]), all_requests)
+    if failed:
+        frame = pl.concat([frame, pl.DataFrame(failed, schema=ROW_SCHEMA)])
+    return frame.sort(
+        "task",
+        "task_params",
+        "arch",
+        "trial",
+        "seed",
+        "run_id",
+        "split",
+        "eval_length",
+        "metric",
+        nulls_last=True,
+    )
+
+
+def load_curves(directory: str | Path, *, all_requests: bool = False) -> pl.DataFrame:
+    """The learning curves of a folder: columns as in :data:`CURVE_SCHEMA`; otherwise as
+    :func:`load_results`."""
+    frame = _load(Path(directory), "curve.parquet", CURVE_SCHEMA, all_requests)
+    return frame.sort(
+        "task", "task_params", "arch", "trial", "seed", "run_id", "step", "split", "eval_length", "metric"
+    )
+
+
+def load_environments(directory: str | Path) -> dict[str, dict[str, Any]]:
+    """Run id -> the environment that it was trained in, for the runs of the last request."""
+    read = _read_runs(Path(directory), "environment.json", False, json.loads)
+    return dict(read)
+
+
+def load_model(directory: str | Path, run_id: str) -> Any:
+    """The trained model of a run, on the CPU, in evaluation mode.
+
+    Raises:
+        StoreError: there is no such run, or its files are damaged.
+    """
+    import safetensors.torch
+
+    from arena.model import ModelConfig, build_model
+
+    folder = Path(directory) / "runs" / run_id
+    if not folder.is_dir():
+        raise StoreError(f"{directory} holds no run {run_id!r}")
+    config = json.loads(_read(folder, "config.json"))
+    model = build_model(ModelConfig(**config["model"]), seed=config["replica"]["seed"])
+    model.load_state_dict(safetensors.torch.load(_read(folder, "model.safetensors")))
+    return model.eval()
+
+
+def _load(directory: Path, name: str, schema: Mapping[str, Any], all_requests: bool) -> pl.DataFrame:
+    plan = read_plan(directory) if directory.is_dir() else None
+    frames = []
+    for run_id, frame in _read_runs(
+        directory, name, all_requests, lambda data: pl.read_parquet(io.BytesIO(data))
+    ):
+        if plan is not None and run_id in plan["runs"]:  # an index among the points of the present request
+            frame = frame.with_columns(trial=pl.lit(plan["runs"][run_id]["trial"], dtype=pl.Int64))
+        frames.append(frame.select(schema))
+    return pl.concat(frames) if frames else pl.DataFrame(schema=dict(schema))
+
+
+def _read_runs(
+    directory: Path, name: str, all_requests: bool, parse: Callable[[bytes], Any]
+) -> list[tuple[str, Any]]:
+    """(run id, parsed file) of every run; one with a damaged file is left out with a warning."""
+    if not (directory / "runs").is_dir():
+        raise StoreError(f"{directory} is not a result folder (it has no runs/); arena grid makes one")
+    plan = None if all_requests else read_plan(directory)
+    if plan is None:
+        names = sorted(folder.name for folder in (directory / "runs").iterdir() if folder.is_dir())
+    else:
+        names = [run_id for run_id in sorted(plan["runs"]) if (directory / "runs" / run_id).is_dir()]
+    found = []
+    for run_id in names:
+        try:
+            found.append((run_id, parse(_read(directory / "runs" / run_id, name))))
+        except StoreError as error:
+            warnings.warn(f"left out: {error}; the next arena grid trains it again", stacklevel=4)
+    return found
+
+
+def _read(folder: Path, name: str) -> bytes:
+    """The bytes of a run's file, checked."""
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text())[name]
+        data = (folder / name).read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{folder / name} cannot be read ({type(error).__name__})") from None
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise StoreError(f"{folder / name} is damaged (its checksum differs)")
+    return data
+
+
+def _failures(directory: Path, finished: set[str], all_requests: bool) -> list[dict[str, Any]]:
+    plan = None if all_requests else read_plan(directory)
+    rows = []
+    for path in sorted((directory / "failures").glob("*.json")):
+        run_id = path.name.removesuffix(".json")
+        if run_id in finished or (plan is not None and run_id not in plan["runs"]):
+            continue
+        record = json.loads(path.read_text())
+        rows.append(
+            {
+                **dict.fromkeys(ROW_SCHEMA),
+                "experiment": plan["experiment"] if plan is not None else None,
+                **run_columns(run_id, record["trial"], record["config"]),
+                "status": "failed",
+                "reason": record["reason"],
+            }
+        )
+    return rows

@@ -1,0 +1,262 @@
+"""The results of an experiment on disk, safe against a kill at any instant.
+
+    DIR/experiment.toml        a copy of the request
+    DIR/plan.json              the runs that the last request asked for
+    DIR/runs/<run id>/         one folder a finished run, moved into place whole:
+        config.json, environment.json, rows.parquet, curve.parquet, model.safetensors, checksums.json
+    DIR/fleets/<fleet id>.json   who trained together
+    DIR/failures/<run id>.json   why a run has no result yet
+    DIR/staging/               results on their way; emptied at the next start
+    DIR/damaged/               folders that failed their checksums, set aside
+
+Only one process writes, under a lock that the system drops when that process dies. A fleet's result is
+written to ``staging/<fleet id>.partial``, flushed to disk and renamed to ``staging/<fleet id>``: from that
+instant it counts. Then its runs are renamed one by one into ``runs/``, and whatever a kill interrupts is
+completed by the next process. So a run is in ``runs/`` whole or not at all, and a fleet's runs are all kept
+or all lost.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from arena.grid.plan import Fleet, Run
+
+RUN_FILES = ("config.json", "environment.json", "rows.parquet", "curve.parquet", "model.safetensors")
+CHECKSUMS = "checksums.json"
+
+
+class StoreError(RuntimeError):
+    """The store cannot be used; the message is one line."""
+
+
+class Store:
+    """The writing side of a result folder; reading needs no lock (see ``arena.grid.results``).
+
+    Use it as a context manager: entering takes the lock and completes what a killed process left behind.
+
+    Raises:
+        StoreError: on entering, when another process writes there, or the folder holds another experiment or
+        cannot
+            be written; later, when the disk is full.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.runs = self.directory / "runs"
+        self.staging = self.directory / "staging"
+        self.fleets = self.directory / "fleets"
+        self.failures = self.directory / "failures"
+        self.damaged = self.directory / "damaged"
+        self._lock: int | None = None
+
+    def __enter__(self) -> Store:
+        try:
+            for folder in (self.runs, self.staging, self.fleets, self.failures):
+                folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.directory}: {error.strerror or error}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(lock, 100).decode(errors="replace").strip()
+            os.close(lock)
+            raise StoreError(
+                f"{self.directory} is in use by another arena process ({holder or 'unknown'}): wait for it, or "
+                "choose another --out"
+            ) from None
+        self._lock = lock
+        try:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+            self._complete()
+        except OSError as error:
+            self.__exit__()
+            raise StoreError(f"cannot write to {self.directory}: {error.strerror or error}") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)  # drops the lock
+            self._lock = None
+
+    def commit(self, fleet: Fleet, results: Mapping[str, Mapping[str, bytes]]) -> None:
+        """Store the results of a fleet: all of them or, when killed before the rename, none.
+
+        Args:
+            fleet: who trained together.
+            results: run id -> name of a file of ``RUN_FILES`` -> its bytes. A run that is stored already is left as
+                it is.
+        """
+        self.record_fleet(fleet)
+        partial, whole = self.staging / f"{fleet.id}.partial", self.staging / fleet.id
+        shutil.rmtree(partial, ignore_errors=True)
+        for run_id, files in results.items():
+            folder = partial / run_id
+            folder.mkdir(parents=True)
+            sums = {name: hashlib.sha256(files[name]).hexdigest() for name in RUN_FILES}
+            for name in RUN_FILES:
+                _write(folder / name, files[name])
+            _write(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
+            _flush_folder(folder)
+        _flush_folder(partial)
+        os.rename(partial, whole)
+        _flush_folder(self.staging)
+        self._move_in(whole)
+
+    def finished(self, run_ids: Iterable[str]) -> set[str]:
+        """Those of ``run_ids`` that have a result. One whose checksums fail is set aside, and counts as missing."""
+        found = set()
+        for run_id in run_ids:
+            folder = self.runs / run_id
+            if not folder.is_dir():
+                continue
+            problem = damage(folder)
+            if problem is None:
+                found.add(run_id)
+            else:
+                self._set_aside(folder, problem)
+        return found
+
+    def record_fleet(self, fleet: Fleet) -> None:
+        """Remember who trains together, so that it stays so."""
+        path = self.fleets / f"{fleet.id}.json"
+        if not path.exists():
+            write_whole(path, json.dumps([run.id for run in fleet.runs]).encode())
+
+    def recorded_fleets(self) -> list[list[str]]:
+        """Ids of the members of every recorded fleet."""
+        return [json.loads(path.read_text()) for path in sorted(self.fleets.glob("*.json"))]
+
+    def record_failure(self, runs: Sequence[Run], reason: str, detail: str) -> None:
+        """Note why runs have no result; the next request tries them again.
+
+        Args:
+            runs: the members of a fleet.
+            reason: one line.
+            detail: the traceback, or empty.
+        """
+        for run in runs:
+            record = {"config": run.config, "trial": run.trial, "reason": reason, "detail": detail}
+            write_whole(self.failures / f"{run.id}.json", json.dumps(record, indent=1).encode())
+
+    def record_request(self, name: str, text: str, runs: Sequence[Run]) -> int:
+        """Write down the experiment and its runs: what reports are about.
+
+        Args:
+            name: of the experiment.
+            text: its file, resolved.
+            runs: all of its runs.
+
+        Returns:
+            The number of stored runs that belong to earlier requests only.
+
+        Raises:
+            StoreError: the folder holds another experiment.
+        """
+        held = read_plan(self.directory)
+        if held is not None and held["experiment"] != name:
+            raise StoreError(
+                f"{self.directory} holds experiment {held['experiment']!r}, not {name!r}: choose another --out"
+            )
+        write_whole(self.directory / "experiment.toml", text.encode())
+        plan = {"experiment": name, "runs": {run.id: {"trial": run.trial} for run in runs}}
+        write_whole(self.directory / "plan.json", json.dumps(plan, indent=0).encode())
+        return sum(1 for folder in self.runs.iterdir() if folder.name not in plan["runs"])
+
+    def _complete(self) -> None:
+        """Finish what a killed process left in staging."""
+        for entry in sorted(self.staging.iterdir()):
+            if entry.name.endswith(".partial"):
+                shutil.rmtree(entry)
+            elif entry.is_dir():
+                self._move_in(entry)
+        for folder in (self.directory, self.fleets, self.failures):
+            for leftover in folder.glob("*.writing"):
+                leftover.unlink()
+
+    def _move_in(self, whole: Path) -> None:
+        for folder in sorted(whole.iterdir()):
+            target = self.runs / folder.name
+            if target.exists():
+                shutil.rmtree(folder)
+            else:
+                os.rename(folder, target)
+        _flush_folder(self.runs)
+        for run_id in self._members(whole.name):
+            (self.failures / f"{run_id}.json").unlink(missing_ok=True)
+        whole.rmdir()
+
+    def _members(self, fleet_id: str) -> list[str]:
+        path = self.fleets / f"{fleet_id}.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def _set_aside(self, folder: Path, problem: str) -> None:
+        self.damaged.mkdir(exist_ok=True)
+        number = 0
+        while (target := self.damaged / f"{folder.name}-{number}").exists():
+            number += 1
+        os.rename(folder, target)
+        write_whole(self.damaged / f"{target.name}.txt", f"{problem}\n".encode())
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the folder of a run, or None: every file is there and has its checksum."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return f"{CHECKSUMS} cannot be read"
+    if not isinstance(sums, dict) or set(sums) != set(RUN_FILES):
+        return f"{CHECKSUMS} does not list the files of a run"
+    for name, expected in sums.items():
+        try:
+            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+        if found != expected:
+            return f"{name} does not have its checksum"
+    return None
+
+
+def read_plan(directory: Path) -> dict[str, Any] | None:
+    """The last request of a result folder: ``experiment`` and ``runs`` (id -> trial); None where there is none."""
+    try:
+        plan = json.loads((directory / "plan.json").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{directory / 'plan.json'} cannot be read: {error}") from None
+    if not isinstance(plan, dict) or not isinstance(plan.get("runs"), dict) or "experiment" not in plan:
+        raise StoreError(f"{directory / 'plan.json'} is not a plan; delete it and run the grid again")
+    return plan
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a process after a crash, sees the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".writing")
+    _write(temporary, data)
+    os.replace(temporary, path)
+    _flush_folder(path.parent)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

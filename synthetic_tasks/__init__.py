@@ -1,0 +1,16 @@
+"""Synthetic tasks with exact solvers. Needs torch and numpy only; knows nothing of models.
+
+`get("mqar", n_pairs=8)` makes a task, `task.sample(batch_size=32, length=64, seed=0, index=0,
+split="train")` gives its tokens and targets, `task.solve(tokens)` the exact answers.
+"""
+
+from synthetic_tasks import (  # noqa: F401 - importing a family registers its tasks
+    counting,
+    memory_editing,
+    mqar,
+    state_tracking,
+    word_problems,
+)
+from synthetic_tasks.base import IGNORE, RESULT_VERSION, SPLITS, Batch, Task, describe, get, names
+
+__all__ = ["IGNORE", "RESULT_VERSION", "SPLITS", "Batch", "Task", "describe", "get", "names"]

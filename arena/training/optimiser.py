@@ -37,7 +37,7 @@ class FlatParameters:
             self._slices[name] = (offset, offset + parameter.numel(), parameter.shape)
             offset += -(-parameter.numel() // _ALIGN) * _ALIGN
         width = -(-offset // _CHUNK) * _CHUNK
-        ends = [start for start, _, _ in self._slices.values()][1:] + [width]
+        ends = [*[start for start, _, _ in self._slices.values()][1:], width]
         gaps = [end - stop for (_, stop, _), end in zip(self._slices.values(), ends, strict=True)]
         values = torch.zeros(len(models), width)
         decayed = torch.zeros(width)
@@ -63,7 +63,7 @@ class FlatParameters:
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         pieces: list[Tensor] = []
         for grad, padding in zip(grads, self._padding, strict=True):
-            pieces += [grad.flatten(1), padding]
+            pieces += [grad.reshape(grad.shape[0], -1), padding]
         return torch.cat(pieces, 1)
 
     def row(self, index: int) -> dict[str, Tensor]:

@@ -32,9 +32,9 @@ class GateSpec:
     decay: Axis = "none"
     """``none`` (decay 1), ``scalar`` (one a head) or ``channel`` (one a key channel)."""
     decay_form: DecayForm = "softplus_a"
-    """From pre-activation f to decay: ``softplus_a`` exp(-A softplus(f + dt_bias)) (Mamba-2, GDN, KDA, GDN-2),
-    ``sigmoid`` (mLSTM), ``sigmoid_root`` sigmoid(f)^(1/16) (GLA), ``bounded`` exp(-5 sigmoid(A (f + dt_bias)))
-    (KDA's safe gate)."""
+    """From pre-activation f to decay: ``softplus_a`` exp(-A softplus(f + dt_bias)) (Mamba-2, GDN, KDA,
+    GDN-2), ``sigmoid`` (mLSTM), ``sigmoid_root`` sigmoid(f)^(1/16) (GLA), ``bounded`` exp(-5 sigmoid(A (f +
+    dt_bias))) (KDA's safe gate)."""
     a_range: tuple[float, float] = (1.0, 16.0)
     """A of ``softplus_a`` is uniform in this range at initialisation."""
     signed: bool = False
@@ -42,15 +42,17 @@ class GateSpec:
     erase: Axis = "none"
     """``none`` (erase 0), ``scalar`` (one a head) or ``channel`` (one a key channel); a sigmoid."""
     erase_range: Literal[1, 2] = 1
-    """Upper end of erase; 2 allows eigenvalues down to -1. Tied, it doubles write as well; free, erase only."""
+    """Upper end of erase; 2 allows eigenvalues down to -1. Tied, it doubles write as well; free, erase
+    only."""
     write: Write = "one"
-    """``one`` (write 1), ``scalar``, ``channel`` (one a value channel) or ``exponential`` (mLSTM, one a head)."""
+    """``one`` (write 1), ``scalar``, ``channel`` (one a value channel) or ``exponential`` (mLSTM, one a
+    head)."""
     coupling: Coupling = "free"
-    """``free``; ``tied``: erase and write are one gate; ``step``: write is the step size softplus(f + dt_bias)
-    from which the decay is computed (Mamba-2)."""
+    """``free``; ``tied``: erase and write are one gate; ``step``: write is the step size softplus(f +
+    dt_bias) from which the decay is computed (Mamba-2)."""
     normaliser: Normaliser = "none"
-    """What a read is divided by, with n the same memory of the constant 1: ``max_abs`` max(|n^T q|, 1) (mLSTM),
-    ``sum`` n^T q + 1e-6 (linear attention; needs positive features)."""
+    """What a read is divided by, with n the same memory of the constant 1: ``max_abs`` max(|n^T q|, 1)
+    (mLSTM), ``sum`` n^T q + 1e-6 (linear attention; needs positive features)."""
     qk_map: QKMap = "l2"
     """On queries and keys, per head: ``l2`` normalisation, ``none``, or ``elu1`` elu(x) + 1."""
 

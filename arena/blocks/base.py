@@ -21,9 +21,9 @@ class Block(nn.Module):
     """A causal sequence mixer from x [B,T,D] to y [B,T,D], without residual and without pre-norm.
 
     A subclass implements :meth:`forward`, :meth:`initial_state` and :meth:`trace`. Blocks are pure: forward
-    keeps nothing on the Python side, calls no ``.item()`` and has no shape that depends on data, so that a fleet
-    of replicas can run it under ``torch.func.vmap``. Initial weights are drawn in the constructor from torch's
-    global generator; ``arena.model.build_model`` forks and seeds it.
+    keeps nothing on the Python side, calls no ``.item()`` and has no shape that depends on data, so that a
+    fleet of replicas can run it under ``torch.func.vmap``. Initial weights are drawn in the constructor from
+    torch's global generator; ``arena.model.build_model`` forks and seeds it.
 
     Attributes:
         d_model: D, the width of x and y.
@@ -38,7 +38,7 @@ class Block(nn.Module):
         self.d_model = d_model
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Mix x [B,T,D] causally; returns y and the state from which the sequence can go on (None: initial)."""
+        """Mix x [B,T,D] causally, from ``state`` on (None: the initial one); returns y and the new state."""
         raise NotImplementedError
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:

@@ -4,8 +4,8 @@
     class Mine(Block):
         def __init__(self, *, d_model, n_heads, outer, conv, depth, my_option=1): ...
 
-Every module of the package ``arena.blocks`` is imported with it, so a new file there needs no list to be edited;
-a file elsewhere registers its block when it is imported.
+Every module of the package ``arena.blocks`` is imported with it, so a new file there needs no list to be
+edited; a file elsewhere registers its block when it is imported.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _BUILDERS: dict[str, Callable[..., Block]] = {}
 def register(name: str) -> Callable[[Builder], Builder]:
     """Decorator: make a class or function known as ``name``.
 
-    It is called with the keywords ``d_model, n_heads, outer, conv, depth`` (see :func:`build_block`) and with its
-    own options, which must be keyword arguments with defaults.
+    It is called with the keywords ``d_model, n_heads, outer, conv, depth`` (see :func:`build_block`) and with
+    its own options, which must be keyword arguments with defaults.
 
     Raises:
         ValueError: If the name is taken by another builder.

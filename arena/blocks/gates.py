@@ -1,0 +1,203 @@
+"""From a :class:`~arena.memory.GateSpec` to the gates of every token, with the published parametrisations.
+
+Sources: Mamba-2 (arXiv 2405.21060), GLA (2312.06635), Gated DeltaNet (2412.06464), KDA (2510.26692 section
+4), GDN-2 (2605.22791 section 3.5), xLSTM (2405.04517), negative eigenvalues (2411.12537).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arena.blocks.base import memory_dtype, no_weight_decay
+from arena.memory import GateSpec
+
+GLA_RANK = 16
+GLA_ROOT = 16.0
+BOUNDED_LOG_DECAY = -5.0
+
+
+class GateValues(NamedTuple):
+    """The gates of every token; None is an absent gate. Shapes [B,T,H] (one a head) or [B,T,H,K or V]."""
+
+    log_decay: Tensor | None = None
+    erase: Tensor | None = None
+    write: Tensor | None = None
+    decay_sign: Tensor | None = None
+    step: Tensor | None = None
+    """[B,T,H]: what decay and write were computed from, where they share it."""
+    input_gate: Tensor | None = None
+    """[B,T,H]: pre-activation of an exponential write."""
+    forget_gate: Tensor | None = None
+    """[B,T,H]: pre-activation of the sigmoid decay that goes with an exponential write."""
+
+
+class StepDecay(nn.Module):
+    """step = softplus(f + dt_bias), log decay = -exp(A_log) step: Mamba-2, Gated DeltaNet, KDA, GDN-2.
+
+    A is uniform in ``a_range``, one a head; dt_bias is the inverse softplus of a step that is log-uniform in
+    [1e-3, 1e-1], one a channel. Neither is decayed by the optimiser.
+    """
+
+    def __init__(self, n_heads: int, channels: int, a_range: tuple[float, float]) -> None:
+        super().__init__()
+        # A = 0 would be a head whose decay can never be learned.
+        a = torch.empty(n_heads, 1).uniform_(*a_range).clamp_min(1e-4)
+        self.A_log = no_weight_decay(nn.Parameter(a.log()))
+        low, high = math.log(1e-3), math.log(1e-1)
+        step = torch.empty(n_heads, channels).uniform_(low, high).exp().clamp_min(1e-4)
+        self.dt_bias = no_weight_decay(nn.Parameter(step + torch.log(-torch.expm1(-step))))
+
+    def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-activations f [B,T,H,C] to (log decay, step), both [B,T,H,C]."""
+        step = F.softplus(f.to(memory_dtype(f.dtype)) + self.dt_bias)
+        return -self.A_log.exp() * step, step
+
+
+class BoundedDecay(StepDecay):
+    """log decay = -5 sigmoid(exp(A_log) (f + dt_bias)), A_log = 0 at first: KDA's bounded ("safe") gate."""
+
+    def __init__(self, n_heads: int, channels: int) -> None:
+        super().__init__(n_heads, channels, (1.0, 16.0))
+        nn.init.zeros_(self.A_log)
+
+    def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-activations f [B,T,H,C] to (log decay, the sigmoid), both [B,T,H,C]."""
+        share = torch.sigmoid(self.A_log.exp() * (f.to(memory_dtype(f.dtype)) + self.dt_bias))
+        return BOUNDED_LOG_DECAY * share, share
+
+
+class ForgetBias(nn.Module):
+    """f plus a bias, at first spaced linearly from 3 to 6 over the heads: mLSTM's forget gate."""
+
+    def __init__(self, n_heads: int, channels: int) -> None:
+        super().__init__()
+        bias = torch.linspace(3.0, 6.0, n_heads)[:, None].repeat(1, channels)
+        self.bias = no_weight_decay(nn.Parameter(bias))
+
+    def forward(self, f: Tensor) -> Tensor:
+        """Add to f [B,T,H,C]."""
+        return f + self.bias
+
+
+class Gates(nn.Module):
+    """x [B,T,D] to :class:`GateValues` for one point of gate space.
+
+    Decay reads x through a full projection where it is one a head, and through a rank-V projection without
+    bias where it is one a channel (KDA, GDN-2: the rank is the head's value width); ``sigmoid_root`` has rank
+    16 and a bias (GLA). Erase and write are sigmoids of full projections without bias. mLSTM's gates start at
+    zero weight, so that the biases alone decide.
+    """
+
+    def __init__(self, spec: GateSpec, *, d_model: int, n_heads: int, key_dim: int, value_dim: int) -> None:
+        super().__init__()
+        if spec.coupling == "tied" and spec.write == "channel" and key_dim != value_dim:
+            raise ValueError(f"tied channel gates need K = V, got K={key_dim}, V={value_dim}")
+        self.spec = spec
+        self.n_heads = n_heads
+        if spec.decay != "none":
+            channels = key_dim if spec.decay == "channel" else 1
+            self.decay_in = self._decay_projection(d_model, n_heads * channels, value_dim)
+            self.decay = self._decay_parameters(n_heads, channels)
+        if spec.erase != "none":
+            self.erase = nn.Linear(d_model, n_heads * (key_dim if spec.erase == "channel" else 1), bias=False)
+        if spec.write == "exponential":
+            self.input = nn.Linear(d_model, n_heads)
+            nn.init.zeros_(self.input.weight)
+            nn.init.normal_(self.input.bias, std=0.1)
+            no_weight_decay(self.input.bias)
+        elif spec.write != "one" and spec.coupling == "free":
+            self.write = nn.Linear(
+                d_model, n_heads * (value_dim if spec.write == "channel" else 1), bias=False
+            )
+
+    def _decay_projection(self, d_model: int, width: int, value_dim: int) -> nn.Module:
+        if self.spec.decay_form == "sigmoid":
+            projection = nn.Linear(d_model, width, bias=False)
+            nn.init.zeros_(projection.weight)
+            return projection
+        if self.spec.decay_form == "sigmoid_root":
+            return low_rank(d_model, GLA_RANK, width, bias=True)
+        if self.spec.decay == "channel":
+            return low_rank(d_model, value_dim, width, bias=False)
+        return nn.Linear(d_model, width, bias=False)
+
+    def _decay_parameters(self, n_heads: int, channels: int) -> nn.Module:
+        if self.spec.decay_form == "softplus_a":
+            return StepDecay(n_heads, channels, self.spec.a_range)
+        if self.spec.decay_form == "bounded":
+            return BoundedDecay(n_heads, channels)
+        if self.spec.decay_form == "sigmoid":
+            return ForgetBias(n_heads, channels)
+        return nn.Identity()
+
+    def forward(self, x: Tensor) -> GateValues:
+        """Gates of x [B,T,D]."""
+        spec = self.spec
+        if spec.write == "exponential":
+            forget_gate = self._axis(self.decay(self._heads(self.decay_in(x))), "scalar")
+            return exponential_gates(self.input(x), forget_gate)
+        log_decay = decay_sign = step = erase = write = None
+        if spec.decay != "none":
+            log_decay, step = self._log_decay(self._heads(self.decay_in(x)))
+        if spec.erase != "none":
+            erase = spec.erase_range * torch.sigmoid(self._axis(self._heads(self.erase(x)), spec.erase))
+        if spec.coupling == "tied":
+            write = erase
+        elif spec.coupling == "step":
+            write = step
+        elif spec.write != "one":
+            write = torch.sigmoid(self._axis(self._heads(self.write(x)), spec.write))
+        if spec.signed and log_decay is not None:
+            log_decay, decay_sign = signed_decay(log_decay)
+        return GateValues(log_decay, erase, write, decay_sign, step=step if spec.coupling == "step" else None)
+
+    def _log_decay(self, f: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pre-activations f [B,T,H,C] to (log decay, step where there is one), with the axis of the spec."""
+        if self.spec.decay_form in ("softplus_a", "bounded"):
+            log_decay, step = self.decay(f)
+            return self._axis(log_decay, self.spec.decay), self._axis(step, self.spec.decay)
+        log_decay = F.logsigmoid(self.decay(f).to(memory_dtype(f.dtype)))
+        if self.spec.decay_form == "sigmoid_root":
+            log_decay = log_decay / GLA_ROOT
+        return self._axis(log_decay, self.spec.decay), None
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, -1))
+
+    @staticmethod
+    def _axis(x: Tensor, axis: str) -> Tensor:
+        return x[..., 0] if axis == "scalar" else x
+
+
+def exponential_gates(input_gate: Tensor, forget_gate: Tensor) -> GateValues:
+    """mLSTM: write exp(input_gate), decay sigmoid(forget_gate); both pre-activations are [B,T,H]."""
+    return GateValues(
+        F.logsigmoid(forget_gate), write=input_gate.exp(), input_gate=input_gate, forget_gate=forget_gate
+    )
+
+
+def signed_decay(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Decay s in [0,1], given as ln s, to 2 s - 1: (ln |2 s - 1|, its sign +-1), both shaped like
+    ``log_decay``.
+
+    ln has no derivative where 2 s = 1. Its derivative 1/v is replaced by v / (v^2 + eps^2), which differs
+    only for |v| of the order of eps (1e-3; in float64 1e-6); the values are exact, -inf included.
+    """
+    value = 1 + 2 * torch.expm1(log_decay)
+    eps = 1e-6 if value.dtype == torch.float64 else 1e-3
+    smooth = 0.5 * torch.log(value.square() + eps * eps)
+    log_magnitude = value.abs().log().detach() + (smooth - smooth.detach())
+    return log_magnitude, torch.where(value < 0, -1.0, 1.0).to(value.dtype)
+
+
+def low_rank(d_in: int, rank: int, d_out: int, *, bias: bool) -> nn.Sequential:
+    """Two linear maps with nothing in between, d_in -> rank -> d_out; ``bias`` is of the second one."""
+    up = nn.Linear(rank, d_out, bias=bias)
+    if bias:
+        no_weight_decay(up.bias)
+    return nn.Sequential(nn.Linear(d_in, rank, bias=False), up)

@@ -1,0 +1,304 @@
+"""Blocks whose memory is a matrix: one class for the whole gate space.
+
+To add an architecture, name its point of gate space,
+
+    register_memory("mine", GateSpec(decay="scalar", write="scalar"))
+
+or, where its gates are computed in a way of its own, subclass :class:`MatrixMemoryBlock`, override
+:meth:`~MatrixMemoryBlock.gates` (and whatever else differs) and pass the class to :func:`register_memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from arena.blocks.base import Block, State, memory_dtype
+from arena.blocks.gates import Gates, GateValues
+from arena.blocks.outer import COMMON, LayerSpec, OutputGate, RMSNorm, ShortConv, l2_norm, xavier_
+from arena.blocks.registry import register
+from arena.memory import GateSpec
+
+
+class Inputs(NamedTuple):
+    """What a memory gets, and what the layer keeps for later."""
+
+    q: Tensor
+    """[B,T,H,K]"""
+    k: Tensor
+    """[B,T,H,K]"""
+    v: Tensor
+    """[B,T,H,V]"""
+    gates: GateValues
+    carry: State
+    """State of the layer apart from the memory (rows of the convolution)."""
+    skip: Tensor | None = None
+    """[B,T,*]: what official layers lead past the memory."""
+
+
+class MemoryBlock(Block):
+    """The memory of a :class:`~arena.memory.GateSpec` in a layer that the subclass defines.
+
+    The subclass sets ``self.conv`` and implements :meth:`inputs`, :meth:`output_gate` and :meth:`output`.
+
+    State: ``memory`` [B,H,K,V] (with a normaliser that is not mLSTM's, V+1 columns, the last one the
+    normaliser); mLSTM also ``normaliser`` [B,H,K] and ``stabiliser`` [B,H], where the true memory and
+    normaliser are those of the state times exp(stabiliser); ``conv``, the last rows of the convolution, where
+    there is one.
+    """
+
+    scale: float | None = None
+    """On q; None means K ** -0.5."""
+    conv: ShortConv
+
+    def __init__(self, *, d_model: int, n_heads: int, spec: GateSpec, key_dim: int, value_dim: int) -> None:
+        super().__init__(d_model)
+        self.spec = spec
+        self.n_heads = n_heads
+        self.key_dim = key_dim
+        self.value_dim = value_dim
+
+    def inputs(self, x: Tensor, state: State | None) -> Inputs:
+        """q, k, v and gates of x [B,T,D]."""
+        raise NotImplementedError
+
+    def output_gate(self, x: Tensor, into: Inputs) -> Tensor | None:
+        """The factor on the read, [B,T,H,V], or None."""
+        raise NotImplementedError
+
+    def output(self, x: Tensor, into: Inputs, read: Tensor) -> Tensor:
+        """From what the heads read, [B,T,H,V], to y [B,T,D]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """See :class:`~arena.blocks.base.Block`."""
+        into = self.inputs(x, state)
+        read, memory = self.recall(into, state)
+        return self.output(x, into, read), {**memory, **into.carry}
+
+    def recall(self, into: Inputs, state: State | None) -> tuple[Tensor, State]:
+        """Run the memory: what the heads read [B,T,H,V], after the normaliser, and the memory's new state."""
+        q, k, v, gates = into.q, into.k, into.v, into.gates
+        if gates.input_gate is not None and gates.forget_gate is not None:
+            before = (
+                None if state is None else tuple(state[n] for n in ("memory", "normaliser", "stabiliser"))
+            )
+            read, (memory, normaliser, stabiliser) = kernels.mlstm(
+                q, k, v, gates.input_gate, gates.forget_gate, initial_state=before
+            )
+            return read, {"memory": memory, "normaliser": normaliser, "stabiliser": stabiliser}
+        if self.spec.normaliser != "none":
+            v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        read, memory = kernels.gated_memory(
+            q,
+            k,
+            v,
+            gates.log_decay,
+            gates.erase,
+            gates.write,
+            decay_sign=gates.decay_sign,
+            scale=self.scale,
+            initial_state=None if state is None else state["memory"],
+        )
+        if self.spec.normaliser != "none":
+            read = read[..., :-1] / self.divisor(read[..., -1:])
+        return read, {"memory": memory}
+
+    def divisor(self, total: Tensor) -> Tensor:
+        """What a read is divided by, from n^T q."""
+        return total.abs().clamp_min(1.0) if self.spec.normaliser == "max_abs" else total + 1e-6
+
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """See :class:`~arena.blocks.base.Block`."""
+        device, dtype = self._placement(device, dtype)
+        exponential = self.spec.write == "exponential"
+        extra = self.spec.normaliser != "none" and not exponential
+        shapes: dict[str, tuple[int, ...]] = {"memory": (self.n_heads, self.key_dim, self.value_dim + extra)}
+        if exponential:
+            shapes |= {"normaliser": (self.n_heads, self.key_dim), "stabiliser": (self.n_heads,)}
+        state = {
+            name: torch.zeros(batch_size, *shape, device=device, dtype=memory_dtype(dtype))
+            for name, shape in shapes.items()
+        }
+        if self.conv.rows:
+            rows = (batch_size, self.conv.rows, sum(self.conv.widths))
+            state["conv"] = torch.zeros(rows, device=device, dtype=dtype)
+        return state
+
+    def trace(self, x: Tensor, state: State | None = None, *, states: bool = False) -> dict[str, Tensor]:
+        """See :class:`~arena.blocks.base.Block`; absent gates appear with their neutral value, [B,T,H,1]."""
+        into = self.inputs(x, state)
+        q, k, v, gates = into.q, into.k, into.v, into.gates
+        scale = self.key_dim**-0.5 if self.scale is None else self.scale
+        one = q.new_ones(*q.shape[:3], 1)
+        log_decay = 0 * one if gates.log_decay is None else _with_axis(gates.log_decay)
+        sign = one if gates.decay_sign is None else _with_axis(gates.decay_sign)
+        trace = {
+            "q": q * scale,
+            "k": k,
+            "v": v,
+            "decay": sign * log_decay.exp(),
+            "log_decay": log_decay,
+            "erase": 0 * one if gates.erase is None else _with_axis(gates.erase),
+            "write": one if gates.write is None else _with_axis(gates.write),
+            "read": self.recall(into, state)[0],
+        }
+        for name in ("step", "input_gate", "forget_gate"):
+            value = getattr(gates, name)
+            if value is not None:
+                trace[name] = _with_axis(value)
+        factor = self.output_gate(x, into)
+        if factor is not None:
+            trace["output_gate"] = factor
+        if self.spec.normaliser != "none" or states:
+            every = self._every_state(into, state)
+            if self.spec.normaliser != "none":
+                total = (trace["q"].to(every.dtype) * every[..., -1]).sum(-1, keepdim=True)
+                trace["normaliser"] = self.divisor(total)
+            if states:
+                trace["state"] = every[..., : self.value_dim]
+        return trace
+
+    def _every_state(self, into: Inputs, state: State | None) -> Tensor:
+        """The memory after every token, [B,T,H,K,V(+1)]: with a normaliser, that is the last column."""
+        every = []
+        for t in range(into.q.shape[1]):
+            q, k, v = (y[:, t : t + 1] for y in (into.q, into.k, into.v))
+            gates = GateValues(*(None if y is None else y[:, t : t + 1] for y in into.gates))
+            _, state = self.recall(Inputs(q, k, v, gates, {}), state)
+            memory = state["memory"]
+            if "normaliser" in state:
+                memory = torch.cat([memory, state["normaliser"][..., None]], -1)
+                memory = memory * state["stabiliser"].exp()[..., None, None]
+            every.append(memory)
+        return torch.stack(every, 1)
+
+
+class MatrixMemoryBlock(MemoryBlock):
+    """q, k, v and gates from x, the memory, and the layer of a :class:`~arena.blocks.outer.LayerSpec`.
+
+    Args:
+        d_model: D.
+        n_heads: H.
+        spec: The memory.
+        layer: What stands around it.
+        conv: Short convolution in place of the layer's; None keeps it.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        spec: GateSpec,
+        layer: LayerSpec = COMMON,
+        conv: str | None = None,
+    ) -> None:
+        key_dim, value_dim = layer.head_dims(d_model, n_heads)
+        super().__init__(d_model=d_model, n_heads=n_heads, spec=spec, key_dim=key_dim, value_dim=value_dim)
+        self.widths = [n_heads * key_dim, n_heads * key_dim, n_heads * value_dim]
+        conv = conv or layer.conv
+        activation = layer.activation == "silu" or conv != "none"
+        self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.conv = ShortConv(conv, d_model, self.widths, activation=activation)
+        self.make_gates()
+        self.norm = RMSNorm(value_dim) if layer.norm == "rms" else None
+        self.gate_out = None
+        if layer.output_gate != "none":
+            self.gate_out = OutputGate(layer, d_model, n_heads, value_dim)
+        self.out = nn.Linear(n_heads * value_dim, d_model, bias=False)
+        if layer.init == "xavier":
+            xavier_(self, {self.qkv: self.widths})
+
+    def make_gates(self) -> None:
+        """Create the parameters that :meth:`gates` uses; override both together."""
+        self.gate = Gates(
+            self.spec,
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+        )
+
+    def gates(self, x: Tensor) -> GateValues:
+        """The gates of x [B,T,D]; override it for an architecture that computes them in its own way."""
+        return self.gate(x)
+
+    def inputs(self, x: Tensor, state: State | None) -> Inputs:
+        """See :class:`MemoryBlock`."""
+        mixed, rows = self.conv(self.qkv(x), x, None if state is None else state.get("conv"))
+        q, k, v = (y.unflatten(-1, (self.n_heads, -1)) for y in mixed.split(self.widths, -1))
+        if self.spec.qk_map == "l2":
+            q, k = l2_norm(q), l2_norm(k)
+        elif self.spec.qk_map == "elu1":
+            q, k = F.elu(q) + 1, F.elu(k) + 1
+        return Inputs(q, k, v, self.gates(x), {} if rows is None else {"conv": rows})
+
+    def output_gate(self, x: Tensor, into: Inputs) -> Tensor | None:
+        """See :class:`MemoryBlock`."""
+        return None if self.gate_out is None else self.gate_out(x)
+
+    def output(self, x: Tensor, into: Inputs, read: Tensor) -> Tensor:
+        """See :class:`MemoryBlock`."""
+        if self.norm is not None:
+            read = self.norm(read)
+        factor = self.output_gate(x, into)
+        return self.out((read if factor is None else read * factor).flatten(-2))
+
+
+def _with_axis(gate: Tensor) -> Tensor:
+    """[B,T,H] to [B,T,H,1]; [B,T,H,C] stays."""
+    return gate[..., None] if gate.dim() == 3 else gate
+
+
+def register_memory(
+    name: str,
+    spec: GateSpec,
+    *,
+    official: LayerSpec = COMMON,
+    official_gates: Mapping[str, Any] | None = None,
+    block: type[MatrixMemoryBlock] = MatrixMemoryBlock,
+) -> None:
+    """Make an architecture known to ``build_block``, which then takes the options ``gates`` and
+    ``output_gate``.
+
+    ``gates`` changes axes of gate space (``gates={"erase": "scalar"}``); ``output_gate`` is ``"silu"``,
+    ``"sigmoid"`` or ``"none"`` in place of the layer's.
+
+    Args:
+        name: For ``build_block``.
+        spec: The memory.
+        official: The layer of the paper.
+        official_gates: Where the memory itself is another one in the paper than in the common layer.
+        block: A subclass, for gates that are computed in another way.
+    """
+
+    @register(name)
+    def build(
+        *,
+        d_model: int,
+        n_heads: int,
+        outer: str,
+        conv: str | None,
+        depth: float,
+        gates: Mapping[str, Any] | None = None,
+        output_gate: Any = None,
+    ) -> Block:
+        layer, point = COMMON, spec
+        if outer == "official":
+            layer, point = official, spec.replace(**(official_gates or {}))
+        return block(
+            d_model=d_model,
+            n_heads=n_heads,
+            spec=point.replace(**(gates or {})),
+            layer=replace(layer, output_gate=output_gate) if output_gate else layer,
+            conv=conv,
+        )

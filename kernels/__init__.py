@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from kernels.gated_memory import gated_memory
+from kernels.short_conv import dynamic_short_conv, short_conv
 
-__all__ = ["gated_memory"]
+__all__ = ["dynamic_short_conv", "gated_memory", "short_conv"]

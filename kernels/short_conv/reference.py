@@ -1,0 +1,45 @@
+"""Short convolutions one token at a time: slow, obvious, and the truth that the fast paths are held to."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_activation(activation: str | None) -> None:
+    """Refuse an activation that is neither None nor ``"silu"``."""
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be None or 'silu', got {activation!r}")
+
+
+def last_rows(x: Tensor, initial_state: Tensor | None, rows: int) -> Tensor:
+    """The last ``rows`` rows of the sequence that ends with x [B,T,D]; what is missing before it is zero."""
+    B, T, D = x.shape
+    if rows > T:
+        before = x.new_zeros(B, rows, D) if initial_state is None else initial_state.to(x.dtype)
+        return torch.cat([before, x], 1)[:, T:]
+    return x[:, T - rows :]
+
+
+def short_conv_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Shapes and equation as in :func:`kernels.short_conv`."""
+    state = last_rows(x[:, :0], initial_state, weight.shape[0] - 1)
+    outputs = []
+    for x_t in x.unbind(1):
+        window = torch.cat([state, x_t[:, None]], 1)
+        y_t = (window.flip(1) * weight).sum(1)
+        if bias is not None:
+            y_t = y_t + bias
+        if activation == "silu":
+            y_t = F.silu(y_t)
+        outputs.append(x_t + y_t if residual else y_t)
+        state = window[:, 1:]
+    return (torch.stack(outputs, 1) if outputs else x.new_zeros(x.shape)), state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.gated_memory import gated_memory
+from kernels.gated_memory import gated_memory, mlstm
 from kernels.short_conv import dynamic_short_conv, short_conv
 
-__all__ = ["dynamic_short_conv", "gated_memory", "short_conv"]
+__all__ = ["dynamic_short_conv", "gated_memory", "mlstm", "short_conv"]

@@ -22,6 +22,7 @@ IGNORE = -100
 SPLITS = ("train", "valid", "test")
 EXHAUSTIBLE_BELOW = 1_000_000
 _MAX_ATTEMPTS = 20_000
+_BLOCK_TOKENS = 32_768
 
 
 class Batch(NamedTuple):
@@ -148,16 +149,28 @@ class Task:
                 f"{self.name}: batch_size must be >= 1 and index >= 0, got {batch_size} and {index}"
             )
         key = hash_key(RESULT_VERSION, self.name, self.version, self.params, int(length), split, int(seed))
-        tokens, targets = self._sample(key, np.arange(index, index + batch_size), int(length), split)
+        tokens, targets = self._outputs(batch_size, length)
+        # Blocks of some 32,000 tokens stay in the processor's cache.
+        block = max(_BLOCK_TOKENS // int(length), 8)
+        for start in range(0, batch_size, block):
+            part = slice(start, min(start + block, batch_size))
+            self._fill(
+                tokens[part], targets[part], key, np.arange(index + part.start, index + part.stop), split
+            )
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
 
-    def _sample(self, key: int, index: np.ndarray, length: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+    def _outputs(self, batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = (batch_size, length)
+        width = self.tokens_per_position
+        return np.empty(shape if width == 1 else (*shape, width), np.int64), np.empty(shape, np.int64)
+
+    def _fill(self, tokens: np.ndarray, targets: np.ndarray, key: int, index: np.ndarray, split: str) -> None:
+        """Write the samples `index` into tokens [N,T] or [N,T,C] and targets [N,T]."""
+        length = tokens.shape[1]
         partitioned = not self.is_exhaustible(length)
         pending = np.arange(len(index))
-        attempt = 0
-        # Seven in eight draws miss valid and test: several attempts a row at once save rounds, not results.
-        width = 1 if split == "train" or not partitioned else 8
-        tokens = targets = np.empty(0)
+        # Several attempts a row at once save rounds and do not change the result: the first good one counts.
+        attempt, width = 0, 1 if split == "train" or not partitioned else 8
         while pending.size:
             if attempt > _MAX_ATTEMPTS:
                 raise ValueError(
@@ -166,27 +179,19 @@ class Task:
                 )
             attempts = np.tile(np.arange(attempt, attempt + width), len(pending))
             draw = self._generate(Rows.of(key, np.repeat(index[pending], width), attempts), length)
-            good = self._belongs(draw, split) if partitioned else None
-            if draw.valid is not None:
-                good = draw.valid if good is None else good & draw.valid
-            if good is None:
-                return draw.tokens, self._targets(draw)
+            good = np.ones(len(attempts), bool) if draw.valid is None else draw.valid
+            if partitioned:
+                good = good & self._belongs(draw, split)
             grid = good.reshape(-1, width)
             found = grid.any(axis=1)
             pick = (np.arange(len(pending)) * width + grid.argmax(axis=1))[found]
-            labels = self._targets(draw)
-            if attempt == 0:
-                tokens = np.empty((len(index), *draw.tokens.shape[1:]), np.int64)
-                targets = np.empty((len(index), *labels.shape[1:]), np.int64)
-            tokens[pending[found]] = draw.tokens[pick]
-            targets[pending[found]] = labels[pick]
-            pending = pending[~found]
+            if pick.size:
+                labels = self._solve(draw.tokens[pick]) if draw.targets is None else draw.targets[pick]
+                tokens[pending[found]] = draw.tokens[pick]
+                targets[pending[found]] = labels
+                pending = pending[~found]
             attempt += width
-            width = min(2 * width, 64)
-        return tokens, targets
-
-    def _targets(self, draw: Draw) -> np.ndarray:
-        return self._solve(draw.tokens) if draw.targets is None else draw.targets
+            width = min(4 * width, 64)
 
     @staticmethod
     def _belongs(draw: Draw, split: str) -> np.ndarray:

@@ -102,9 +102,7 @@ class MQAR(Task):
         keys += 1
         values = rows.distinct(half, 1, k)
         values += half
-        slots = rows.race(power_slowness(length // 2 - k, repr(1 - self.power)), 2, k)
-        if self.compat == "none":
-            slots = np.take_along_axis(slots, rows.order(3, k), axis=1)
+        slots = self._slots(rows, length // 2 - k)
         asked = 2 * (k + slots) + (np.arange(n) * length)[:, None]
 
         tokens = self._filler(rows, length, keys)
@@ -118,6 +116,17 @@ class MQAR(Task):
         else:
             content = fingerprint(tokens)
         return Draw(tokens, targets, content)
+
+    def _slots(self, rows: Rows, n_slots: int) -> np.ndarray:
+        k = self.n_pairs
+        if self.compat == "zoology":
+            return rows.race(power_slowness(n_slots, repr(1 - self.power)), 2, k)
+        order = rows.order(3, k)
+        if n_slots == k:  # every slot is filled: only the order is left to chance
+            return order
+        return np.take_along_axis(
+            rows.race(power_slowness(n_slots, repr(1 - self.power)), 2, k), order, axis=1
+        )
 
     def _filler(self, rows: Rows, length: int, keys: np.ndarray) -> np.ndarray:
         if self.filler == "blank":

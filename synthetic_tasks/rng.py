@@ -113,31 +113,55 @@ class Rows:
     def distinct(self, bound: int, stream: int, n: int) -> np.ndarray:
         """N different integers below bound in each row, uniform over ordered selections, int64 [N,n].
 
-        Duplicates are drawn again until none is left; the earlier position keeps its number. That treats all
-        numbers alike, so by symmetry every ordered selection is equally likely. Dense selections are cut from
-        a permutation.
+        Of equal numbers one keeps its place, the others are drawn again until none is left. Which one keeps
+        it depends on places alone, so all numbers are treated alike and every ordered selection is equally
+        likely. Dense selections are cut from a permutation.
         """
         if n > bound:
             raise ValueError(f"cannot draw {n} different numbers below {bound}")
         if 4 * n > bound:
             return self.order(stream, bound)[:, :n]
         out = self.below(bound, stream, n)
-        bits = pack_bits(n)
-        position = np.arange(n, dtype=np.int64)
+        if n == 1:
+            return out
+        if 64 * n < bound:
+            return self._redraw_by_sorting(out, bound, stream)
+        return self._redraw_by_owner(out, bound, stream)
+
+    def _redraw_by_sorting(self, out: np.ndarray, bound: int, stream: int) -> np.ndarray:
+        bits = pack_bits(out.shape[1])
         pending = np.arange(len(self))
         attempt = 0
-        while n > 1 and pending.size:
+        while pending.size:
             attempt += 1
-            packed = (out[pending] << bits) | position
+            packed = (out[pending] << bits) | np.arange(out.shape[1])
             packed.sort(axis=1)
-            again = (packed[:, 1:] >> bits) == (packed[:, :-1] >> bits)
-            rows, columns = np.nonzero(again)
-            if rows.size == 0:
-                break
-            where = packed[rows, columns + 1] & ((1 << bits) - 1)
-            fresh = Rows(self.keys[pending[rows]]).at(bound, stream + (attempt << 12), where)
-            out[pending[rows], where] = fresh
-            pending = pending[np.unique(rows)]
+            row, column = np.nonzero((packed[:, 1:] >> bits) == (packed[:, :-1] >> bits))
+            place = packed[row, column + 1] & ((1 << bits) - 1)
+            row = pending[row]
+            out[row, place] = Rows(self.keys[row]).at(bound, stream + (attempt << 12), place)
+            pending = np.unique(row)
+        return out
+
+    def _redraw_by_owner(self, out: np.ndarray, bound: int, stream: int) -> np.ndarray:
+        # owner[number] is the place that holds it. The table is not cleared: an entry counts only if that
+        # place does hold the number. Of equal indices in one assignment the last wins (NumPy's rule).
+        n = out.shape[1]
+        owner = np.empty((len(self), bound), np.int32)
+        np.put_along_axis(owner, out, np.arange(n, dtype=np.int32)[None], axis=1)
+        row, place = np.nonzero(np.take_along_axis(owner, out, axis=1) != np.arange(n))
+        attempt = 0
+        while row.size:
+            attempt += 1
+            fresh = Rows(self.keys[row]).at(bound, stream + (attempt << 12), place)
+            held = owner[row, fresh]
+            known = (held >= 0) & (held < n)
+            free = ~(known & (out[row, np.where(known, held, 0)] == fresh))
+            out[row[free], place[free]] = fresh[free]
+            owner[row[free], fresh[free]] = place[free]
+            lost = ~free
+            lost[free] = owner[row[free], fresh[free]] != place[free]
+            row, place = row[lost], place[lost]
         return out
 
     def at(self, bound: int, stream: int, position: np.ndarray) -> np.ndarray:

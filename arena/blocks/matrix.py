@@ -128,6 +128,8 @@ class MemoryBlock(Block):
             name: torch.zeros(batch_size, *shape, device=device, dtype=memory_dtype(dtype))
             for name, shape in shapes.items()
         }
+        if exponential:
+            state["stabiliser"].fill_(-torch.inf)  # the maximum over no token
         if self.conv.rows:
             rows = (batch_size, self.conv.rows, sum(self.conv.widths))
             state["conv"] = torch.zeros(rows, device=device, dtype=dtype)
@@ -138,6 +140,8 @@ class MemoryBlock(Block):
         into = self.inputs(x, state)
         q, k, v, gates = into.q, into.k, into.v, into.gates
         scale = self.key_dim**-0.5 if self.scale is None else self.scale
+        if self.spec.write == "exponential":
+            k, scale = k * scale, 1.0  # mLSTM scales its keys instead of its queries
         one = q.new_ones(*q.shape[:3], 1)
         log_decay = 0 * one if gates.log_decay is None else _with_axis(gates.log_decay)
         sign = one if gates.decay_sign is None else _with_axis(gates.decay_sign)

@@ -141,7 +141,7 @@ class ShortConv(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in fp32 or better (eps 1e-5)."""
+    """x / rms(x) * weight over the last axis, rms(x) = sqrt(mean(x^2) + eps)."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()

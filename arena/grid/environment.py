@@ -38,7 +38,7 @@ def foreign_kernels() -> str | None:
     if other is not None:
         return (
             f"the distribution 'kernels' {other.version} is installed and owns the same import name as this "
-            "toolkit's kernels: pip uninstall kernels, then pip install --force-reinstall --no-deps memory-arena"
+            "toolkit's kernels: pip uninstall kernels, then reinstall memory-arena"
         )
     spec = importlib.util.find_spec("kernels")
     where = Path(spec.origin).parent if spec is not None and spec.origin else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,7 +44,8 @@ class Run:
     @property
     def label(self) -> str:
         """For people: architecture, task, seed."""
-        return f"{self.config['model']['arch']} {self.config['task']['name']} seed {self.config['replica']['seed']}"
+        model, task, replica = (self.config[part] for part in ("model", "task", "replica"))
+        return f"{model['arch']} {task['name']} seed {replica['seed']}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +106,14 @@ def result_versions(task: Any) -> dict[str, int]:
 def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
     """All runs of an experiment, in the order tasks, architectures, points, seeds.
 
-    Everything that can be refused is refused here, before anything is trained: names, parameters, lengths, and each
-    architecture is built once.
+    Everything that can be refused is refused here, before anything is trained: names, parameters, lengths,
+    and each architecture is built once.
 
     Raises:
         ExperimentError: one line that says what is wrong.
     """
     from arena.training import Replica, TrainConfig
+    from arena.training.data import valid_lengths
 
     section = experiment.train.model_dump(exclude_none=True)
     replica_fields = {key: section.pop(key) for key in ("warmup", "beta2", "clip") if key in section}
@@ -131,8 +132,9 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
         }
         try:
             train = TrainConfig(**{**section, **own, **lengths})
+            valid_lengths(train, task)
         except ValueError as error:
-            raise ExperimentError(f"task {entry.name}: {one_line(error)}") from None
+            raise ExperimentError(f"task {entry.name!r}: {one_line(error)}") from None
         for arch in experiment.archs:
             model = _model(experiment, arch, task, build=position == 0)
             shared = _plain(
@@ -143,7 +145,7 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
                     "versions": result_versions(task),
                     "device": device,
                     "dtype": "float32",
-                    "backend": backend_name(device),
+                    "backend": backend_name(),
                 }
             )
             runs += [
@@ -161,9 +163,9 @@ def plan_fleets(runs: Sequence[Run], fleet_size: int, recorded: Iterable[Sequenc
     """Who trains with whom: a function of the runs and of the fleets that the store has recorded.
 
     Recorded fleets (finished ones, and the halves of one that did not fit into memory) stay as they were; the
-    other runs of a group are cut into pieces of ``fleet_size`` in their order. As finished fleets are such pieces,
-    the answer is the same whenever it is asked, whatever is missing. Largest fleets first, so that workers end
-    together.
+    other runs of a group are cut into pieces of ``fleet_size`` in their order. As finished fleets are such
+    pieces, the answer is the same whenever it is asked, whatever is missing. Largest fleets first, so that
+    workers end together.
 
     Args:
         runs: of one experiment or of several.
@@ -196,10 +198,12 @@ def split_fleet(fleet: Fleet) -> list[Fleet]:
     return [Fleet(runs=half) for half in (fleet.runs[:middle], fleet.runs[middle:]) if half]
 
 
-def backend_name(device: str) -> str:
-    """The backend that ``kernels`` will use on a device."""
-    del device  # the same torch path everywhere until there is a fused one
-    return os.environ.get("ARENA_BACKEND", "chunked")
+def backend_name() -> str:
+    """The implementation of the memory operator that will run."""
+    from kernels.backends import resolve_backend
+    from kernels.gated_memory.operator import BACKENDS
+
+    return resolve_backend("auto", BACKENDS)
 
 
 def _plain(value: Any) -> Any:
@@ -261,5 +265,6 @@ def _model(experiment: Experiment, arch: str, task: Any, *, build: bool) -> dict
         if build:
             build_model(config, seed=0)
     except (ValueError, TypeError) as error:
-        raise ExperimentError(f"architecture {arch!r}: {one_line(error)}") from None
+        text = one_line(error)
+        raise ExperimentError(text if repr(arch) in text else f"architecture {arch!r}: {text}") from None
     return {**asdict(config), "options": dict(config.options)}

@@ -1,5 +1,6 @@
 """Reading a result folder: tidy tables and trained models. No lock is needed, also while a grid is
-running."""
+running.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ def load_results(directory: str | Path, *, all_requests: bool = False) -> pl.Dat
 
 def load_curves(directory: str | Path, *, all_requests: bool = False) -> pl.DataFrame:
     """The learning curves of a folder: columns as in :data:`CURVE_SCHEMA`; otherwise as
-    :func:`load_results`."""
+    :func:`load_results`.
+    """
     frame = _load(Path(directory), "curve.parquet", CURVE_SCHEMA, all_requests)
     return frame.sort(
         "task", "task_params", "arch", "trial", "seed", "run_id", "step", "split", "eval_length", "metric"
@@ -160,7 +162,7 @@ def _load(directory: Path, name: str, schema: Mapping[str, Any], all_requests: b
     ):
         if plan is not None and run_id in plan["runs"]:  # an index among the points of the present request
             frame = frame.with_columns(trial=pl.lit(plan["runs"][run_id]["trial"], dtype=pl.Int64))
-        frames.append(frame.select(schema))
+        frames.append(frame.select(list(schema)))
     return pl.concat(frames) if frames else pl.DataFrame(schema=dict(schema))
 
 

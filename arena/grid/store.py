@@ -70,8 +70,8 @@ class Store:
             holder = os.read(lock, 100).decode(errors="replace").strip()
             os.close(lock)
             raise StoreError(
-                f"{self.directory} is in use by another arena process ({holder or 'unknown'}): wait for it, or "
-                "choose another --out"
+                f"{self.directory} is in use by another arena process ({holder or 'unknown'}): wait "
+                "for it, or choose another --out"
             ) from None
         self._lock = lock
         try:
@@ -93,8 +93,8 @@ class Store:
 
         Args:
             fleet: who trained together.
-            results: run id -> name of a file of ``RUN_FILES`` -> its bytes. A run that is stored already is left as
-                it is.
+            results: run id -> name of a file of ``RUN_FILES`` -> its bytes. A run that is stored already is
+                left as it is.
         """
         self.record_fleet(fleet)
         partial, whole = self.staging / f"{fleet.id}.partial", self.staging / fleet.id
@@ -113,7 +113,9 @@ class Store:
         self._move_in(whole)
 
     def finished(self, run_ids: Iterable[str]) -> set[str]:
-        """Those of ``run_ids`` that have a result. One whose checksums fail is set aside, and counts as missing."""
+        """Those of ``run_ids`` that have a result. One whose checksums fail is set aside, and counts as
+        missing.
+        """
         found = set()
         for run_id in run_ids:
             folder = self.runs / run_id
@@ -165,7 +167,8 @@ class Store:
         held = read_plan(self.directory)
         if held is not None and held["experiment"] != name:
             raise StoreError(
-                f"{self.directory} holds experiment {held['experiment']!r}, not {name!r}: choose another --out"
+                f"{self.directory} holds experiment {held['experiment']!r}, not {name!r}: "
+                "choose another --out"
             )
         write_whole(self.directory / "experiment.toml", text.encode())
         plan = {"experiment": name, "runs": {run.id: {"trial": run.trial} for run in runs}}
@@ -227,7 +230,9 @@ def damage(folder: Path) -> str | None:
 
 
 def read_plan(directory: Path) -> dict[str, Any] | None:
-    """The last request of a result folder: ``experiment`` and ``runs`` (id -> trial); None where there is none."""
+    """The last request of a result folder: ``experiment`` and ``runs`` (id -> trial); None if there is
+    none.
+    """
     try:
         plan = json.loads((directory / "plan.json").read_text())
     except FileNotFoundError:
@@ -240,7 +245,7 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a process after a crash, sees the old content or the new, never a part."""
+    """Write a file so that readers, also after a crash, see the old content or the new, never a part."""
     temporary = path.with_name(path.name + ".writing")
     _write(temporary, data)
     os.replace(temporary, path)

@@ -9,7 +9,8 @@ from typing import Any
 
 def to_toml(data: Mapping[str, Any]) -> str:
     """The TOML text of nested mappings, lists, strings, numbers and booleans, such as ``tomllib`` reads
-    back."""
+    back.
+    """
     lines: list[str] = []
     _table(lines, [], data)
     return "\n".join(lines).strip() + "\n"

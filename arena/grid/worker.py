@@ -1,5 +1,6 @@
 """What a worker does with a fleet: train it and turn the results into the bytes of the files that the store
-keeps."""
+keeps.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,265 @@
+"""The command line: parse, call, print. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compare linear-time sequence mixers on state tracking, counting, recall and memory editing.",
+)
+console = Console(highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and end the process.
+
+    Exit status: 0 all done; 1 some runs failed; 2 the request was wrong, nothing was started, one line says
+    what; 130 ended by Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        status = typer.main.get_command(app).main(words, prog_name="arena", standalone_mode=False)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = OK
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        status = _explain(error, debug)
+    sys.exit(status if isinstance(status, int) else OK)
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    """Print one line about an error; its exit status."""
+    told = getattr(error, "format_message", None)  # typer's and click's usage errors
+    if told is not None:
+        text = str(told())
+        if text:
+            complain(f"{text.rstrip('.')}; see arena --help")
+        return WRONG
+    if type(error).__name__ in ("ExperimentError", "StoreError"):
+        complain(str(error))
+        return WRONG
+    if type(error).__name__ == "Abort":
+        return INTERRUPTED
+    text = " ".join(str(error).split())[:300]
+    complain(f"internal error: {type(error).__name__}: {text}" + ("" if debug else " (--debug shows where)"))
+    return FAILED
+
+
+def complain(line: str) -> None:
+    """One line on standard error."""
+    print(f"arena: {' '.join(line.split())}", file=sys.stderr)
+
+
+def wrong(line: str) -> NoReturn:
+    """Refuse a request."""
+    complain(line)
+    raise typer.Exit(WRONG)
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else []
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"memory-arena {version('memory-arena')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Checks that hold for every command."""
+    from arena.grid.environment import foreign_kernels
+
+    problem = foreign_kernels()
+    if problem is not None:
+        wrong(problem)
+
+
+@app.command("list")
+def list_names(
+    what: Annotated[str, typer.Argument(help="archs, tasks or experiments; without it, all three.")] = "all",
+) -> int:
+    """List architectures, tasks and experiments by name."""
+    if what not in ("all", "archs", "tasks", "experiments"):
+        wrong(f"cannot list {what!r}; choose archs, tasks or experiments")
+    if what in ("all", "archs"):
+        from arena.model import arch_names
+
+        print("architectures (also a+b, which alternates two of them, and xlstm[a:b]):")
+        print("  " + "\n  ".join(arch_names()))
+    if what in ("all", "tasks"):
+        import synthetic_tasks
+
+        print("tasks (arena show NAME says more):")
+        for name in synthetic_tasks.names():
+            print(f"  {name:14} {synthetic_tasks.describe(name).splitlines()[1]}")
+    if what in ("all", "experiments"):
+        from arena.grid.experiment import load_experiment, shipped
+
+        print("experiments (arena grid NAME):")
+        for name in shipped():
+            print(f"  {name:14} {load_experiment(name).title}")
+    return OK
+
+
+@app.command()
+def grid(
+    experiment: Annotated[
+        str | None, typer.Argument(help="A .toml file or the name of a shipped experiment.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="Architectures, with commas between.")] = None,
+    task: Annotated[str | None, typer.Option(help="Tasks, with commas between.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of every run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result folder; default results/NAME.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, or one a GPU.")] = None,
+) -> int:
+    """Train a grid of tasks x architectures x seeds. Run it again to do what is missing."""
+    from arena.grid.request import request
+
+    if device not in ("cpu", "cuda"):
+        wrong(f"--device is cpu or cuda, not {device!r}")
+    if workers is not None and not 1 <= workers <= 4096:
+        wrong(f"--workers is a number from 1 to 4096, not {workers}")
+    wanted = request(experiment, archs=_names(arch), tasks=_names(task), seeds=seeds, steps=steps)
+    directory = out if out is not None else Path("results") / wanted.name
+
+    from arena.grid import StoreError, run_experiment
+    from arena.grid.display import GridDisplay
+
+    with GridDisplay(console) as display:
+        try:
+            report = run_experiment(
+                wanted,
+                directory,
+                device=device,
+                workers=workers,
+                on_start=display.start,
+                on_event=display.event,
+            )
+        except StoreError as error:
+            if not display.started:
+                raise
+            complain(f"{error}; what had finished is stored; to go on: {_again()}")
+            return FAILED
+    print(f"{report.stored} of {report.planned} runs stored in {directory}")
+    if report.interrupted:
+        print(f"stopped; to go on: {_again()}")
+        return INTERRUPTED
+    for run_id, reason in report.failed.items():
+        print(f"failed: {report.labels[run_id]} ({run_id}): {reason}")
+    if report.failed:
+        count, where = len(report.failed), directory / "failures"
+        print(f"{count} runs failed; details in {where}; to try them again: {_again()}")
+    if report.others:
+        print(f"{report.others} runs of earlier requests are in {directory} too; reports leave them out")
+    print(f"table and figure: arena report {directory}")
+    return FAILED if report.failed else OK
+
+
+def _again() -> str:
+    import shlex
+
+    return shlex.join(["arena", *sys.argv[1:]])
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="A result folder of arena grid.")]) -> int:
+    """Tables and figures of a result folder: printed, and written to DIR/report."""
+    from arena.report import make_report
+
+    written = make_report(directory, console)
+    print("written: " + ", ".join(str(path) for path in written))
+    return OK
+
+
+@app.command()
+def show(
+    task: Annotated[str, typer.Argument(help="Name of a task.")],
+    length: Annotated[
+        int | None, typer.Option(help="Sequence length; default: the first legal from 16 on.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Number of sequences.")] = 3,
+    param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, may be given again.")] = None,
+) -> int:
+    """Say what a task is and show example sequences with their targets."""
+    import synthetic_tasks
+
+    try:
+        found = synthetic_tasks.get(task, **dict(_parameter(text) for text in param or []))
+        if length is None:
+            length = next(n for n in range(16, 4097) if _accepts(found, n))
+        found.check_length(length)
+    except (ValueError, TypeError) as error:
+        wrong(str(error))
+    if not 1 <= examples <= 100:
+        wrong(f"--examples is a number from 1 to 100, not {examples}")
+    print(synthetic_tasks.describe(task))
+    batch = found.sample(batch_size=examples, length=length, seed=0, index=0, split="train")
+    for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+        shown = [
+            "/".join(found.token_name(t) for t in position)
+            if isinstance(position, list)
+            else found.token_name(position)
+            for position in tokens
+        ]
+        answers = [found.class_name(target) if target >= 0 else "." for target in targets]
+        widths = [max(len(a), len(b)) for a, b in zip(shown, answers, strict=True)]
+        print()
+        print("tokens  " + " ".join(text.rjust(width) for text, width in zip(shown, widths, strict=True)))
+        print("targets " + " ".join(text.rjust(width) for text, width in zip(answers, widths, strict=True)))
+    return OK
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    import tomllib
+
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def _accepts(task: Any, length: int) -> bool:
+    try:
+        task.check_length(length)
+    except ValueError:
+        return False
+    return True
+
+
+@app.command()
+def doctor() -> int:
+    """Say what this machine can run: versions, devices, backends; check fast paths against references."""
+    from arena.grid.doctor import examine
+
+    return examine()

@@ -1,0 +1,143 @@
+"""A stand-in for training that starts in a moment: runs without models, and workers that pretend.
+
+As a script it is a driver to be killed: ``python grid_fakes.py DIR WORKERS``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from arena.grid.driver import train_runs
+from arena.grid.plan import Run
+
+SECONDS = 0.12
+
+
+def make_runs(groups: int = 4, seeds: int = 3, **train) -> list[Run]:
+    return [
+        Run(
+            experiment="fake",
+            trial=0,
+            config={
+                "model": {"arch": f"arch{group}"},
+                "task": {"name": "fake", "params": {}},
+                "train": {"steps": 10, "batch_size": 1, "train_lengths": [4, 8], **train},
+                "replica": {"seed": seed, "lr": 0.1, "weight_decay": 0.0},
+                "versions": {"task": 1},
+                "device": "cpu",
+                "dtype": "float32",
+                "backend": "none",
+            },
+        )
+        for group in range(groups)
+        for seed in range(seeds)
+    ]
+
+
+def files(run, fleet_id, value=None) -> dict[str, bytes]:
+    import polars as pl
+
+    from arena.grid.results import CURVE_SCHEMA, ROW_SCHEMA, run_columns
+
+    known = {**run_columns(run.id, run.trial, run.config), "experiment": "fake", "fleet_id": fleet_id}
+    if value is None:
+        value = int(hashlib.sha256(run.id.encode()).hexdigest()[:8], 16) / 2**32
+    rows = [
+        {**known, "split": "test", "eval_length": n, "metric": "accuracy", "value": value, "status": "done"}
+        for n in (8, 16)
+    ]
+
+    def parquet(content, schema):
+        buffer = io.BytesIO()
+        frame = [
+            {**dict.fromkeys(schema), **{k: v for k, v in row.items() if k in schema}} for row in content
+        ]
+        pl.DataFrame(frame, schema=schema).write_parquet(buffer)
+        return buffer.getvalue()
+
+    return {
+        "config.json": json.dumps(run.config).encode(),
+        "environment.json": b"{}",
+        "rows.parquet": parquet(rows, ROW_SCHEMA),
+        "curve.parquet": parquet([], CURVE_SCHEMA),
+        "model.safetensors": run.id.encode() * 1000,
+    }
+
+
+def _note(text: str) -> None:
+    """One line to the log of the test, if it wants one (appending a short line is atomic)."""
+    if log := os.environ.get("FAKE_LOG"):
+        with open(log, "a") as file:
+            file.write(f"{text} {os.getpid()}\n")
+
+
+def work(fleet, progress):
+    _note(f"start {fleet.id}")
+    for step in range(10):
+        time.sleep(SECONDS / 10)
+        progress(step + 1)
+    return {run.id: files(run, fleet.id) for run in fleet.runs}
+
+
+def slow(fleet, progress):
+    _note(f"start {fleet.id}")
+    for step in range(1000):
+        time.sleep(0.05)
+        progress(step + 1)
+    return {}
+
+
+def raise_in_one_group(fleet, progress):
+    if fleet.runs[0].config["model"]["arch"] == "arch1":
+        raise ArithmeticError("two and two\nis five")
+    return work(fleet, progress)
+
+
+def die_in_one_group(fleet, progress):
+    _note(f"start {fleet.id}")
+    if fleet.runs[0].config["model"]["arch"] == "arch1":
+        os.kill(os.getpid(), 9)
+    return {run.id: files(run, fleet.id) for run in fleet.runs}
+
+
+def die_once(fleet, progress):
+    marker = Path(os.environ["FAKE_LOG"] + ".died")
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), 9)
+    return work(fleet, progress)
+
+
+def two_fit(fleet, progress):
+    _note(f"start {fleet.id}")
+    if len(fleet.runs) > 2:
+        raise MemoryError("no room")
+    return {run.id: files(run, fleet.id) for run in fleet.runs}
+
+
+def threads_seen(fleet, progress):
+    omp, mkl = (os.environ.get(f"{name}_NUM_THREADS") for name in ("OMP", "MKL"))
+    raise RuntimeError(f"OMP {omp} MKL {mkl}")
+
+
+def drive(directory, workers=1, work=work, fleet_size=2, **changes):
+    return train_runs(
+        make_runs(**changes),
+        directory,
+        name="fake",
+        request="",
+        fleet_size=fleet_size,
+        workers=workers,
+        work=work,
+    )
+
+
+if __name__ == "__main__":
+    result = drive(sys.argv[1], int(sys.argv[2]), work={"work": work, "slow": slow}[sys.argv[3]])
+    print(result)

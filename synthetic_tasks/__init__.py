@@ -5,6 +5,7 @@ split="train")` gives its tokens and targets, `task.solve(tokens)` the exact ans
 """
 
 from synthetic_tasks import (  # noqa: F401 - importing a family registers its tasks
+    arithmetic,
     counting,
     memory_editing,
     mqar,

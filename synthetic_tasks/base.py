@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -237,6 +238,18 @@ class Task:
 def unscored(tokens: np.ndarray) -> np.ndarray:
     """Targets [N,T] with nothing scored, for tokens [N,T] or [N,T,C]."""
     return np.full(tokens.shape[:2], IGNORE, np.int64)
+
+
+@functools.lru_cache(maxsize=256)
+def most_frequent_answer(task: Task, length: int, at_least: int = 20_000) -> float:
+    """The share of the most frequent answer, measured on fixed training samples."""
+    counts = np.zeros(task.n_classes, np.int64)
+    index = 0
+    while counts.sum() < at_least:
+        targets = task.sample(batch_size=256, length=length, seed=0, index=index).targets.numpy()
+        counts += np.bincount(targets[targets != IGNORE], minlength=task.n_classes)
+        index += 256
+    return float(counts.max() / counts.sum())
 
 
 _REGISTRY: dict[str, type[Task]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -87,6 +88,7 @@ class MQAR(Task):
         """A value of the context, picked blindly."""
         return 1 / self.n_pairs
 
+    @functools.cached_property
     def _bindings(self) -> int:
         half = self.vocab_size // 2
         return math.comb(half - 1, self.n_pairs) * math.perm(half, self.n_pairs)
@@ -94,7 +96,7 @@ class MQAR(Task):
     def space(self, length: int) -> int:
         """Sets of pairs, times their orders, times the placements of the queries."""
         slots = length // 2 - self.n_pairs
-        return self._bindings() * math.factorial(self.n_pairs) * math.perm(slots, self.n_pairs)
+        return self._bindings * math.factorial(self.n_pairs) * math.perm(slots, self.n_pairs)
 
     def _generate(self, rows: Rows, length: int) -> Draw:
         n, k, half = len(rows), self.n_pairs, self.vocab_size // 2
@@ -111,7 +113,7 @@ class MQAR(Task):
         tokens.reshape(-1)[asked] = keys
         targets = unscored(tokens)
         targets.reshape(-1)[asked] = values
-        if at_least(self._bindings()):
+        if at_least(self._bindings):
             content = set_fingerprint(keys * self.vocab_size + values)
         else:
             content = fingerprint(tokens)

@@ -144,23 +144,26 @@ class Rows:
         return out
 
     def _redraw_by_owner(self, out: np.ndarray, bound: int, stream: int) -> np.ndarray:
-        # owner[number] is the place that holds it. The table is not cleared: an entry counts only if that
-        # place does hold the number. Of equal indices in one assignment the last wins (NumPy's rule).
-        n = out.shape[1]
-        owner = np.empty((len(self), bound), np.int32)
-        np.put_along_axis(owner, out, np.arange(n, dtype=np.int32)[None], axis=1)
-        row, place = np.nonzero(np.take_along_axis(owner, out, axis=1) != np.arange(n))
+        # owner[row, number] is the place that holds it. The table is not cleared: an entry counts only if
+        # that place does hold the number. Of equal indices in one assignment the last wins (NumPy's rule).
+        rows, n = out.shape
+        owner = np.empty(rows * bound, np.int32)
+        where = (out + (np.arange(rows) * bound)[:, None]).reshape(-1)
+        own = np.tile(np.arange(n, dtype=np.int32), rows)
+        owner[where] = own
+        row, place = np.divmod(np.flatnonzero(owner[where] != own), n)
         attempt = 0
         while row.size:
             attempt += 1
             fresh = Rows(self.keys[row]).at(bound, stream + (attempt << 12), place)
-            held = owner[row, fresh]
+            where = row * bound + fresh
+            held = owner[where]
             known = (held >= 0) & (held < n)
-            free = ~(known & (out[row, np.where(known, held, 0)] == fresh))
+            lost = known & (out[row, np.where(known, held, 0)] == fresh)
+            free = ~lost
             out[row[free], place[free]] = fresh[free]
-            owner[row[free], fresh[free]] = place[free]
-            lost = ~free
-            lost[free] = owner[row[free], fresh[free]] != place[free]
+            owner[where[free]] = place[free]
+            lost |= owner[where] != place
             row, place = row[lost], place[lost]
         return out
 

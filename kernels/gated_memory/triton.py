@@ -1,7 +1,7 @@
 """The gated memory on a GPU: Triton kernels behind one autograd function, safe under ``torch.func.vmap``.
 
-Import this module only where Triton is installed. ``TRITON_INTERPRET=1``, set before Triton is imported, runs the same
-kernels on CPU tensors (slowly).
+Import this module only where Triton is installed. ``TRITON_INTERPRET=1``, set before Triton is imported, runs
+the same kernels on CPU tensors (slowly).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.gated_memory.triton_backward import backward_kernel
-from kernels.gated_memory.triton_forward import forward_kernel
+from kernels.gated_memory.triton_backward import chunk_backward_kernel, state_backward_kernel
+from kernels.gated_memory.triton_forward import forward_kernel, scores_kernel
 
 __all__ = ["gated_memory_triton"]
 
@@ -35,23 +35,27 @@ def gated_memory_triton(
 ) -> tuple[Tensor, Tensor]:
     """Run the gated memory (see :func:`kernels.gated_memory` for shapes and meaning) with the Triton kernels.
 
-    The state, the sums of log decays and the triangular solve are fp32; for fp32 inputs so are the other products, for
-    16-bit inputs those take tf32 operands. Deterministic. Any T; the key and value widths go to 256.
+    The state, the sums of log decays and the triangular solve are fp32; for fp32 inputs so are the other
+    products, for 16-bit inputs those take tf32 operands. Deterministic. Any T; widths of keys and values to 256.
 
     Raises:
         ValueError: for float64 inputs (use ``backend="reference"``) or a head dimension above 256.
     """
     if q.dtype not in FLOATS or k.dtype not in FLOATS or v.dtype not in FLOATS:
-        raise ValueError(f"the triton backend takes float32, bfloat16 or float16, not {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError(
+            f"the triton backend takes float32, bfloat16 or float16, not {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if max(k.shape[-1], v.shape[-1]) > MAX_DIM:
-        raise ValueError(f"the triton backend takes head dimensions up to {MAX_DIM}, not {k.shape[-1]}, {v.shape[-1]}")
+        raise ValueError(
+            f"the triton backend takes head dimensions up to {MAX_DIM}, not {k.shape[-1]}, {v.shape[-1]}"
+        )
     sign = None
     if decay_sign is not None and log_decay is not None and q.shape[1] > 0:
-        # S_t = diag(sign_1 ... sign_t) S'_t, where S' decays by |decay|: the running sign moves into q and k (and so e)
+        # S_t = diag(sign_1 ... sign_t) S'_t, where S' decays by |decay|: the running sign moves into q, k, e
         sign = (1 - 2 * ((decay_sign < 0).cumsum(1) % 2)).to(q.dtype)
         sign = sign[..., None] if sign.dim() == 3 else sign
         q, k = q * sign, k * sign
-    o, state, _ = GatedMemory.apply(
+    o, state, *_ = GatedMemory.apply(
         q, k, v, log_decay, erase, write, initial_state, scale, torch.is_grad_enabled()
     )
     if sign is not None:
@@ -61,24 +65,24 @@ def gated_memory_triton(
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How a kernel is launched; chosen by :func:`launch_of` from the head dimensions alone."""
+    """How the kernels are launched; chosen by :func:`launch_of`."""
 
     chunk: int
     """Tokens a chunk, a power of two of at least 16."""
     value_block: int
     """Value columns a program."""
-    warps: int
-    """Warps a program."""
+    scores_warps: int
+    """Warps a program of the kernel that makes the scores of all chunks at once; 0: no such kernel, the forward
+    makes them on its way (one launch)."""
+    state_warps: int
+    """Warps a program of the two kernels that carry the state through the chunks."""
+    chunk_warps: int
+    """Warps a program of the backward over all chunks at once."""
 
 
-def launch_of(key_width: int, value_width: int, *, backward: bool) -> Launch:
-    """Chunk, value tile and warps by head dimension."""
-    wide = max(block_of(key_width), block_of(value_width))
-    if wide <= 32:
-        return Launch(chunk=16, value_block=32, warps=2 if backward else 1)
-    if wide <= 64:
-        return Launch(chunk=16, value_block=64, warps=4)
-    return Launch(chunk=16, value_block=32, warps=4)
+def launch_of(B: int, T: int, H: int, K: int, V: int) -> Launch:
+    """The settings for a shape, from measurements (experiments/benchmarks)."""
+    return Launch(chunk=32, value_block=32, scores_warps=2, state_warps=2, chunk_warps=4)
 
 
 def block_of(width: int) -> int:
@@ -87,46 +91,59 @@ def block_of(width: int) -> int:
 
 
 class GatedMemory(torch.autograd.Function):
-    """q, k, v, log_decay, erase, write, initial_state, scale, store_states -> o, final state, chunk states."""
+    """The inputs, the scale and whether to keep chunk states -> o, final state, and what the backward needs.
+
+    That is the states that enter the chunks, the scores and the inverses of the chunks (empty where not kept).
+    """
 
     @staticmethod
-    def forward(q, k, v, log_decay, erase, write, initial, scale, store_states):
-        """Launch the forward; the chunk states (empty unless ``store_states``) are what the backward starts from."""
+    def forward(q, k, v, log_decay, erase, write, initial, scale, keep):
+        """Launch the forward kernels."""
         q, k, v, log_decay, erase, write, initial = contiguous(q, k, v, log_decay, erase, write, initial)
         B, T, H, K = k.shape
         V = v.shape[-1]
-        launch = launch_of(K, V, backward=False)
-        chunks = triton.cdiv(T, launch.chunk)
+        launch = launch_of(B, T, H, K, V)
+        n_chunks = triton.cdiv(T, launch.chunk)
+        fused = launch.scores_warps == 0
+
+        def room(wanted: bool, *size: int) -> Tensor:
+            return torch.empty(B, H if wanted else 0, *size, dtype=torch.float32, device=v.device)
+
         o = torch.empty_like(v)
-        final = torch.empty(B, H, K, V, dtype=torch.float32, device=v.device)
-        states = torch.empty(
-            (B, H, chunks, K, V) if store_states else (B, 0), dtype=torch.float32, device=v.device
-        )
-        grid = (B * H, triton.cdiv(V, min(launch.value_block, block_of(V))))
+        final = room(True, K, V)
+        states = room(keep, n_chunks, K, V)
+        scores = room(keep or not fused, n_chunks, launch.chunk, launch.chunk)
+        inverses = room(erase is not None and (keep or not fused), n_chunks, launch.chunk, launch.chunk)
+        common = constants(k, v, log_decay, erase, launch)
+        key_block, value_block = block_of(K), min(launch.value_block, block_of(V))
         if B * H > 0:
             with device_of(v):
-                forward_kernel[grid](
-                    q, k, v, log_decay, erase, write, initial, o, final, states, scale, T, H,
-                    HAS_INITIAL=initial is not None,
-                    STORE_STATES=store_states,
-                    **constants(k, v, log_decay, erase, write, launch),
+                if not fused and n_chunks > 0:
+                    scores_kernel[(B * H * n_chunks,)](
+                        q, k, log_decay, erase, scores, inverses, scale, T, H,
+                        K=K, BK=key_block, LEVELS=launch.chunk.bit_length() - 1,
+                        num_warps=launch.scores_warps, **common,
+                    )  # fmt: skip
+                forward_kernel[(B * H, triton.cdiv(V, value_block))](
+                    q, k, v, log_decay, erase, write, initial, scores, inverses, o, final, states, scale, T, H,
+                    K=K, V=V, BK=key_block, BV=value_block, LEVELS=launch.chunk.bit_length() - 1,
+                    WRITE=kind_of(write), HAS_INITIAL=initial is not None, STORE=keep, FUSED=fused,
+                    num_warps=launch.state_warps, **common,
                 )  # fmt: skip
-        return o, final, states
+        return o, final, states, scores, inverses
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        """Keep the inputs and the chunk states."""
-        q, k, v, log_decay, erase, write, initial, scale, _ = inputs
+        """Keep the inputs and what the forward kept."""
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(q, k, v, log_decay, erase, write, initial, output[2])
-        ctx.scale = scale
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*inputs[:7], *output[2:])
+        ctx.scale = inputs[7]
 
     @staticmethod
-    def backward(ctx, do, d_final, _d_states):
+    def backward(ctx, do, d_final, *_):
         """Hand over to the backward's own function, which has a batching rule of its own."""
-        grads = GatedMemoryBackward.apply(*ctx.saved_tensors, do, d_final, ctx.scale)
-        return (*grads, None, None)
+        return (*GatedMemoryBackward.apply(*ctx.saved_tensors, do, d_final, ctx.scale), None, None)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -136,44 +153,45 @@ class GatedMemory(torch.autograd.Function):
 
 
 class GatedMemoryBackward(torch.autograd.Function):
-    """The inputs of :class:`GatedMemory`, its chunk states and the gradients of its outputs -> its inputs' gradients."""
+    """The inputs of :class:`GatedMemory`, what it kept and the gradients of its outputs -> its inputs' gradients."""
 
     @staticmethod
-    def forward(q, k, v, log_decay, erase, write, initial, states, do, d_final, scale):
-        """Launch the backward and add the shares of the value tiles."""
+    def forward(q, k, v, log_decay, erase, write, initial, states, scores, inverses, do, d_final, scale):
+        """Launch the backward kernels."""
+        do = torch.zeros_like(v) if do is None else do
+        q, k, v, log_decay, erase, write, do, d_final = contiguous(
+            q, k, v, log_decay, erase, write, do, d_final
+        )
         B, T, H, K = k.shape
         V = v.shape[-1]
-        do = torch.zeros_like(v) if do is None else do
-        d_final = (
-            torch.zeros(B, H, K, V, dtype=torch.float32, device=v.device) if d_final is None else d_final
+        launch = launch_of(B, T, H, K, V)
+        n_chunks = triton.cdiv(T, launch.chunk)
+        dq, dk, dv, d_log_decay, d_erase, d_write = (
+            None if x is None else torch.empty_like(x) for x in (q, k, v, log_decay, erase, write)
         )
-        q, k, v, log_decay, erase, write, initial, do, d_final = contiguous(
-            q, k, v, log_decay, erase, write, initial, do, d_final
-        )
-        launch = launch_of(K, V, backward=True)
-        tiles = triton.cdiv(V, min(launch.value_block, block_of(V)))
-        dq, dk, d_log_decay, d_erase = (shares_of(x, tiles) for x in (q, k, log_decay, erase))
-        d_write = shares_of(write, tiles if write is not None and write.dim() == 3 else 1)
-        dv = torch.empty_like(v)
-        d_initial = None if initial is None else torch.empty_like(d_final)
+        d_states = torch.empty_like(states)
+        d_initial = None
+        if initial is not None:
+            d_initial = torch.empty(initial.shape, dtype=torch.float32, device=v.device)
+        common = constants(k, v, log_decay, erase, launch)
+        key_block, value_block = block_of(K), min(launch.value_block, block_of(V))
         if B * H > 0:
             with device_of(v):
-                backward_kernel[(B * H, tiles)](
-                    q, k, v, log_decay, erase, write, states, do, d_final,
-                    dq, dk, dv, d_log_decay, d_erase, d_write, d_initial, scale, T, H, B * T * H,
-                    HAS_INITIAL=initial is not None,
-                    **constants(k, v, log_decay, erase, write, launch),
+                state_backward_kernel[(B * H, triton.cdiv(V, value_block))](
+                    q, k, log_decay, erase, scores, inverses, do, d_final, d_states, d_initial, scale, T, H,
+                    K=K, V=V, BK=key_block, BV=value_block,
+                    HAS_FINAL=d_final is not None, HAS_INITIAL=initial is not None,
+                    num_warps=launch.state_warps, **common,
                 )  # fmt: skip
-        d_initial = None if initial is None else d_initial.to(initial.dtype)
-        return (
-            total_of(dq, q),
-            total_of(dk, k),
-            dv,
-            total_of(d_log_decay, log_decay),
-            total_of(d_erase, erase),
-            total_of(d_write, write),
-            d_initial,
-        )
+                if n_chunks > 0:
+                    chunk_backward_kernel[(B * H * n_chunks,)](
+                        q, k, v, log_decay, erase, write, scores, inverses, states, d_states, do,
+                        dq, dk, dv, d_log_decay, d_erase, d_write, scale, T, H,
+                        K=K, V=V, BK=key_block, BV=value_block, LEVELS=launch.chunk.bit_length() - 1,
+                        WRITE=kind_of(write), num_warps=launch.chunk_warps, **common,
+                    )  # fmt: skip
+        d_initial = None if d_initial is None else d_initial.to(initial.dtype)
+        return dq, dk, dv, d_log_decay, d_erase, d_write, d_initial
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -191,44 +209,23 @@ class GatedMemoryBackward(torch.autograd.Function):
         return unfold(GatedMemoryBackward.apply(*folded), info.batch_size)
 
 
-def constants(k: Tensor, v: Tensor, log_decay, erase, write, launch: Launch) -> dict:
-    """The compile-time arguments that both kernels take."""
-    K, V = k.shape[-1], v.shape[-1]
-    wide = k.dtype == torch.float32 or v.dtype == torch.float32
-    exact = "tf32x3" if v.is_cuda and torch.version.hip is None else "ieee"
+def constants(k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, launch: Launch) -> dict:
+    """The compile-time arguments that all kernels take."""
+    full = k.dtype == torch.float32 or v.dtype == torch.float32
+    exact = "split" if v.is_cuda and torch.version.hip is None else "ieee"
     return {
-        "K": K,
-        "V": V,
         "C": launch.chunk,
-        "LEVELS": launch.chunk.bit_length() - 1,
-        "BK": block_of(K),
-        "BV": min(launch.value_block, block_of(V)),
         "DECAY": kind_of(log_decay),
         "ERASE": kind_of(erase),
-        "WRITE": kind_of(write),
-        "PRECISION": exact if wide or exact == "ieee" else "tf32",
+        "RAGGED": k.shape[1] % launch.chunk != 0,
+        "PRECISION": exact if full or exact == "ieee" else "tf32",
         "EXACT": exact,
-        "num_warps": launch.warps,
     }
 
 
 def kind_of(gate: Tensor | None) -> int:
     """0 absent, 1 a scalar a token, 2 a value a channel."""
     return 0 if gate is None else gate.dim() - 2
-
-
-def shares_of(x: Tensor | None, tiles: int) -> Tensor | None:
-    """Room for a gradient of ``x``: its own type for one tile, else a fp32 share a tile."""
-    if x is None:
-        return None
-    return torch.empty_like(x)[None] if tiles == 1 else x.new_empty(tiles, *x.shape, dtype=torch.float32)
-
-
-def total_of(shares: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """The sum of the tiles' shares in the type of ``x``."""
-    if shares is None or x is None:
-        return None
-    return shares[0] if shares.shape[0] == 1 else shares.sum(0).to(x.dtype)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -1,4 +1,7 @@
-"""The gated memory forward, a whole sequence in one launch: one program a (batch, head, tile of value columns)."""
+"""The gated memory forward: the scores of all chunks in parallel, then the state through the chunks in order.
+
+With ``FUSED`` the second kernel makes the scores itself: one launch for the whole sequence.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,53 @@ import triton
 import triton.language as tl
 
 from kernels.gated_memory.triton_tiles import (
-    LOG_FLOOR,
     chunk_decay,
     chunk_scores,
     dot,
     load_gate,
+    load_keys,
     load_rows,
+    load_square,
     store_rows,
+    store_square,
 )
+
+
+@triton.jit(do_not_specialize=["T"])
+def scores_kernel(
+    q_ptr,  # [B, T, H, K]
+    k_ptr,  # [B, T, H, K]
+    log_decay_ptr,  # [B, T, H] or [B, T, H, K]
+    erase_ptr,  # [B, T, H] or [B, T, H, K]
+    scores_ptr,  # [B, H, chunks, C, C]
+    inverse_ptr,  # [B, H, chunks, C, C]
+    scale,
+    T,
+    H,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BK: tl.constexpr,
+    DECAY: tl.constexpr,
+    ERASE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """A and X = (I + T)^-1 of one chunk a program."""
+    n_chunks = tl.cdiv(T, C)
+    n = (tl.program_id(0) // n_chunks).to(tl.int64)
+    chunk = tl.program_id(0) % n_chunks
+    first = (n // H) * T * H + n % H  # row of token 0 of this head, in units of [B, T, H]
+    rows = chunk * C + tl.arange(0, C)
+    q, k, erase, log_decay = load_keys(
+        q_ptr, k_ptr, log_decay_ptr, erase_ptr, first, rows, T, H, scale,
+        K, tl.arange(0, BK), DECAY, ERASE, RAGGED or (K != BK),
+    )  # fmt: skip
+    scores, x = chunk_scores(q, k, k * erase, log_decay, C, LEVELS, DECAY, ERASE, PRECISION, EXACT)
+    store_square(scores_ptr, scores, n * n_chunks + chunk, C)
+    if ERASE != 0:
+        store_square(inverse_ptr, x, n * n_chunks + chunk, C)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -24,7 +66,9 @@ def forward_kernel(
     log_decay_ptr,  # [B, T, H] or [B, T, H, K]
     erase_ptr,  # [B, T, H] or [B, T, H, K]
     write_ptr,  # [B, T, H] or [B, T, H, V]
-    initial_ptr,  # [B, H, K, V] fp32
+    initial_ptr,  # [B, H, K, V]
+    scores_ptr,  # [B, H, chunks, C, C]
+    inverse_ptr,  # [B, H, chunks, C, C]
     o_ptr,  # [B, T, H, V]
     final_ptr,  # [B, H, K, V] fp32
     states_ptr,  # [B, H, chunks, K, V] fp32, the state that enters each chunk
@@ -41,16 +85,22 @@ def forward_kernel(
     ERASE: tl.constexpr,
     WRITE: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
-    STORE_STATES: tl.constexpr,
+    STORE: tl.constexpr,
+    FUSED: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """o_t and the last state; the chunk algorithm of facts 2.1 with one right-hand side, R = X (Z - Ebar S)."""
+    """o and the last state: R = X (Z - Ebar S), O = Qbar S + A R, S <- D S + Kbar^T R chunk by chunk.
+
+    One program a (batch, head, tile of value columns). ``STORE`` keeps what the backward needs: the chunk states
+    and, where ``FUSED``, the scores.
+    """
     n = tl.program_id(0).to(tl.int64)
-    first = (n // H) * T * H + n % H  # row of token 0 of this head, in units of [B, T, H]
+    first = (n // H) * T * H + n % H
     kk = tl.arange(0, BK)
     vv = tl.program_id(1) * BV + tl.arange(0, BV)
-    cell = kk.to(tl.int64)[:, None] * V + vv[None, :]
+    cell = kk[:, None] * V + vv[None, :]
     inside = (kk[:, None] < K) & (vv[None, :] < V)
 
     if HAS_INITIAL:
@@ -59,39 +109,41 @@ def forward_kernel(
         state = tl.zeros((BK, BV), tl.float32)
     n_chunks = tl.cdiv(T, C)
     for chunk in range(0, n_chunks):
-        if STORE_STATES:
-            tl.store(states_ptr + (n * n_chunks + chunk) * K * V + cell, state, mask=inside)
-        rows = chunk * C + tl.arange(0, C).to(tl.int64)
-        q = load_rows(q_ptr + first * K, rows, kk, T, H * K, K) * scale
-        k = load_rows(k_ptr + first * K, rows, kk, T, H * K, K)
-        z = load_rows(v_ptr + first * V, rows, vv, T, H * V, V)
+        at = n * n_chunks + chunk
+        if STORE:
+            tl.store(states_ptr + at * K * V + cell, state, mask=inside)
+        rows = chunk * C + tl.arange(0, C)
+        q, k, erase, log_decay = load_keys(
+            q_ptr, k_ptr, log_decay_ptr, erase_ptr, first, rows, T, H, scale,
+            K, kk, DECAY, ERASE, RAGGED or (K != BK),
+        )  # fmt: skip
+        z = load_rows(v_ptr + first * V, rows, T, H * V, V, vv, RAGGED or (V % BV != 0))
         if WRITE == 2:
-            z *= load_gate(write_ptr + first * V, rows, vv, T, H, V, 2)
+            z *= load_gate(write_ptr + first * V, rows, T, H, V, vv, 2, RAGGED or (V % BV != 0))
         elif WRITE == 1:
-            z *= load_gate(write_ptr + first, rows, vv, T, H, V, 1)
-        e = k
-        if ERASE == 2:
-            e = k * load_gate(erase_ptr + first * K, rows, kk, T, H, K, 2)
-        elif ERASE == 1:
-            e = k * load_gate(erase_ptr + first, rows, kk, T, H, K, 1)
-        log_decay = q
-        if DECAY == 2:
-            log_decay = tl.maximum(load_gate(log_decay_ptr + first * K, rows, kk, T, H, K, 2), LOG_FLOOR)
-        elif DECAY == 1:
-            log_decay = tl.maximum(load_gate(log_decay_ptr + first, rows, kk, T, H, K, 1), LOG_FLOOR)
+            z *= load_gate(write_ptr + first, rows, T, H, V, vv, 1, RAGGED)
+        e = k * erase
+        if FUSED:
+            scores, x = chunk_scores(q, k, e, log_decay, C, LEVELS, DECAY, ERASE, PRECISION, EXACT)
+            if STORE:
+                store_square(scores_ptr, scores, at, C)
+                if ERASE != 0:
+                    store_square(inverse_ptr, x, at, C)
+        else:
+            scores = load_square(scores_ptr, at, C)
+            if ERASE != 0:
+                x = load_square(inverse_ptr, at, C)
 
-        scores, x = chunk_scores(q, k, e, log_decay, C, LEVELS, DECAY, ERASE, PRECISION, EXACT)
-        key = k
         if DECAY != 0:
             before, after, whole = chunk_decay(log_decay, C, DECAY, EXACT)
             q *= before
             e *= before
-            key = k * after
+            k *= after
         if ERASE != 0:
-            z = dot(x, z - dot(e, state, PRECISION), EXACT)
+            z = dot(x, z - dot(e, state, PRECISION), PRECISION)
         o = dot(q, state, PRECISION) + dot(scores, z, PRECISION)
-        store_rows(o_ptr + first * V, o, rows, vv, T, H * V, V)
+        store_rows(o_ptr + first * V, o, rows, T, H * V, V, vv, RAGGED or (V % BV != 0))
         if DECAY != 0:
             state *= whole
-        state += dot(tl.trans(key), z, PRECISION)
+        state += dot(tl.trans(k), z, PRECISION)
     tl.store(final_ptr + n * K * V + cell, state, mask=inside)

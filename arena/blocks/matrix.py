@@ -86,9 +86,7 @@ class MemoryBlock(Block):
         """Run the memory: what the heads read [B,T,H,V], after the normaliser, and the memory's new state."""
         q, k, v, gates = into.q, into.k, into.v, into.gates
         if gates.input_gate is not None and gates.forget_gate is not None:
-            before = (
-                None if state is None else tuple(state[n] for n in ("memory", "normaliser", "stabiliser"))
-            )
+            before = None if state is None else (state["memory"], state["normaliser"], state["stabiliser"])
             read, (memory, normaliser, stabiliser) = kernels.mlstm(
                 q, k, v, gates.input_gate, gates.forget_gate, initial_state=before
             )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +150,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm x [...,width]."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        width = x.shape[-1]
+        return _Unit.apply(x, width * self.eps)[0] * (width**0.5 * self.weight)
 
 
 class OutputGate(nn.Module):
@@ -173,7 +174,37 @@ class OutputGate(nn.Module):
 
 def l2_norm(x: Tensor) -> Tensor:
     """Length 1 over the last axis (eps 1e-6 inside the root)."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return _Unit.apply(x, 1e-6)[0]
+
+
+class _Unit(torch.autograd.Function):
+    """(x r, r) with r = 1 / sqrt(sum x^2 + eps) over the last axis.
+
+    Written out because the composed operations take three times as long in their backward pass.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        r = torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] + eps)
+        return x * r, r
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_r: Tensor | None) -> tuple[Tensor | None, None]:
+        y, r = ctx.saved_tensors
+        grad_x = None
+        if grad is not None:
+            grad_x = torch.addcmul(grad, y, torch.linalg.vecdot(grad, y)[..., None], value=-1) * r
+        if grad_r is not None:  # in second derivatives only
+            through_r = -grad_r * y * r.square()
+            grad_x = through_r if grad_x is None else grad_x + through_r
+        return grad_x, None
 
 
 def xavier_(module: nn.Module, fused: dict[nn.Linear, Sequence[int]]) -> None:

@@ -11,6 +11,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from arena.blocks import build_block, registry
 from arena.blocks.gates import signed_decay
+from arena.blocks.outer import RMSNorm, l2_norm
 from arena.memory import NAMED
 
 D, H, B, T, K = 8, 2, 2, 9, 4
@@ -254,3 +255,24 @@ def test_a_new_architecture_is_one_short_file():
 def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match="'gdn' is taken"):
         registry.register("gdn")(lambda **_: None)
+
+
+@pytest.mark.parametrize("function", [l2_norm, RMSNorm(5).double(), vmap(l2_norm)], ids=["l2", "rms", "vmap"])
+def test_norms_have_exact_first_and_second_derivatives(function):
+    x = torch.randn(
+        2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True
+    )
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+    assert l2_norm(torch.zeros(1, 5)).eq(0).all()
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_bfloat16_runs_with_a_float32_memory(name):
+    for outer in ("common", "official"):
+        block, x = make(name, outer=outer), tokens()
+        y, state = block.bfloat16()(x.bfloat16())
+        assert y.dtype == torch.bfloat16 and y.isfinite().all()
+        assert state["memory"].dtype == torch.float32
+        assert block.initial_state(B)["memory"].dtype == torch.float32
+        torch.testing.assert_close(y.double(), block.double()(x)[0], rtol=0.1, atol=0.1)

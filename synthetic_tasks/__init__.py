@@ -7,9 +7,11 @@ split="train")` gives its tokens and targets, `task.solve(tokens)` the exact ans
 from synthetic_tasks import (  # noqa: F401 - importing a family registers its tasks
     arithmetic,
     counting,
+    languages,
     memory_editing,
     mqar,
     state_tracking,
+    strings,
     word_problems,
 )
 from synthetic_tasks.base import IGNORE, RESULT_VERSION, SPLITS, Batch, Task, describe, get, names

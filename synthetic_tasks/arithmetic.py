@@ -155,7 +155,10 @@ def evaluate(tokens: np.ndarray, modulus: int) -> np.ndarray:
     value = np.zeros((n, length + 2), np.int64)
     pending = np.full((n, length + 2), PLUS, np.int64)  # the operator that waits at each depth
     depth = np.zeros(n, np.int64)
-    operand_next, negated = np.ones(n, bool), np.zeros(n, bool)  # a minus before an operand belongs to its digit
+    operand_next, negated = (
+        np.ones(n, bool),
+        np.zeros(n, bool),
+    )  # a minus before an operand belongs to its digit
     for t in range(length):
         token = tokens[:, t]
         opened = token == OPEN

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from synthetic_tasks.base import IGNORE, Draw, Task, register, unscored
+from synthetic_tasks.base import IGNORE, Draw, Task, most_frequent_answer, register, unscored
 from synthetic_tasks.rng import Rows
 from synthetic_tasks.state_tracking import SUPERVISION
 
@@ -100,3 +100,87 @@ class Majority(Task):
             alone = tied.sum(axis=1) == 1
             targets[:, t] = front if self.ties == "first" else np.where(alone, front, IGNORE)
         return targets
+
+
+@register("majority_count", "counting and stacks")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MajorityCount(Task):
+    """How often does the most frequent symbol occur?
+
+    Definition: form="capped" (published): T independent uniform symbols, the answer is the highest count,
+    capped at n_classes. form="share" (comparable at all lengths): one symbol has a strict majority and its
+    margin, count of this symbol less count of all others, is uniform over the possible ones; the answer is
+    the margin's share of T in n_classes equal bins.
+    Tokens: the symbols 0 .. n_symbols-1. Classes: capped: class c-1 is the count c; share: the bins.
+    Example: capped, 2 0 2 1 -> count 2, class 1. Share with 4 bins, 2 0 2 2 -> margin 2 of 4, class 1.
+    Scored: the last position.
+    Source: capped is that of the xLSTM paper (2405.04517, App. B.1.1) with 63 symbols. Its classes cannot
+    be compared across lengths: with 63 symbols the highest count averages 6.0 at length 128 and 46.6 at
+    2048, so at a longer length nearly every answer is a class that training never showed, and a softmax
+    head cannot name it. In the share form every class occurs at every length of at least 2 n_classes.
+    Metric: accuracy. Dials: n_classes, n_symbols, length.
+    Chance: the share of the most frequent class, measured on fixed samples for capped; for share the exact
+    share of the margins that fall in the largest bin.
+    """
+
+    form: str = "share"
+    """"capped" (published) or "share" (comparable across lengths)."""
+    n_symbols: int = 63
+    """Size of the alphabet."""
+    n_classes: int = 16
+    """Bins, or the cap of the count (63 as published)."""
+
+    def __post_init__(self) -> None:
+        self._require_choice("form", ("capped", "share"))
+        self._require("n_symbols", 2, 2**16)
+        self._require("n_classes", 2, 2**16)
+
+    @property
+    def vocab_size(self) -> int:
+        """The symbols."""
+        return self.n_symbols
+
+    @property
+    def min_length(self) -> int:
+        """Every bin can occur."""
+        return 2 * self.n_classes if self.form == "share" else 1
+
+    def chance(self, length: int) -> float:
+        """The share of the most frequent class."""
+        if self.form == "capped":
+            return most_frequent_answer(self, length)
+        margins = np.arange(2 - length % 2, length + 1, 2)
+        return float(np.bincount(self._bin(margins, length)).max() / len(margins))
+
+    def space(self, length: int) -> int:
+        """Strings; in the share form, at least those with the smallest margin's minority symbols in one place."""
+        return (
+            self.n_symbols**length
+            if self.form == "capped"
+            else (self.n_symbols - 1) ** (length // 2 - 1) * length
+        )
+
+    def _bin(self, margin: np.ndarray, length: int) -> np.ndarray:
+        return (margin * self.n_classes - 1) // length
+
+    def _generate(self, rows: Rows, length: int) -> Draw:
+        if self.form == "capped":
+            return Draw(rows.below(self.n_symbols, 0, length))
+        least = length // 2 + 1
+        count = least + rows.below(length - least + 1, 1, 1)
+        symbol = rows.below(self.n_symbols, 2, 1)
+        others = (symbol + 1 + rows.below(self.n_symbols - 1, 0, length)) % self.n_symbols
+        return Draw(np.where(rows.order(3, length) < count, symbol, others))
+
+    def _solve(self, tokens: np.ndarray) -> np.ndarray:
+        count, length = winner(tokens, self.n_symbols)[1], tokens.shape[1]
+        targets = unscored(tokens)
+        if self.form == "capped":
+            targets[:, -1] = np.minimum(count, self.n_classes) - 1
+        else:
+            targets[:, -1] = self._bin(2 * count - length, length)
+        return targets
+
+    def class_name(self, label: int) -> str:
+        """The count, or the bin."""
+        return str(label + 1) if self.form == "capped" else f"bin {label}"

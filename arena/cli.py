@@ -59,6 +59,9 @@ def _explain(error: Exception, debug: bool) -> int:
         return WRONG
     if type(error).__name__ == "Abort":
         return INTERRUPTED
+    if isinstance(error, OSError) and error.filename is not None:
+        complain(f"{error.filename}: {error.strerror}")
+        return FAILED
     text = " ".join(str(error).split())[:300]
     complain(f"internal error: {type(error).__name__}: {text}" + ("" if debug else " (--debug shows where)"))
     return FAILED

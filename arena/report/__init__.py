@@ -1,0 +1,7 @@
+"""Tables and figures of a result folder."""
+
+from __future__ import annotations
+
+from arena.report.render import make_report
+
+__all__ = ["make_report"]

@@ -1,0 +1,209 @@
+"""Figures: accuracy against length, one panel a task; and all of it as one heat map."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import polars as pl
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from arena.report.palette import family_order, look
+from arena.report.tables import scores
+
+_STYLE = {
+    **sns.axes_style("ticks"),
+    **sns.plotting_context("notebook", font_scale=0.9),
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.hashsalt": "arena",
+}
+_SHADE = "#f1ede2"
+_COLUMNS = 3
+
+
+def accuracy_figure(
+    rows: pl.DataFrame, labels: Mapping[tuple[str, str], str], path: Path, *, title: str = ""
+) -> None:
+    """Accuracy against sequence length, a panel a task: means as lines, single runs as faint ones behind
+    them.
+
+    Args:
+        rows: of one point a (task, architecture).
+        labels: short names of the tasks.
+        path: of the PNG.
+        title: above the panels.
+    """
+    table = scores(rows)
+    archs = sorted(table["arch"].unique(), key=family_order)
+    columns = min(_COLUMNS, len(labels))
+    lines = -(-len(labels) // columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.1 * columns + 1.9, 3.9 * lines + 0.6), layout="constrained", dpi=160)
+        axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        for axis, key in zip(axes.flat, labels, strict=False):
+            trained = rows.filter(task=key[0], task_params=key[1]).select(
+                pl.col("train_length_min").min(), pl.col("train_length_max").max()
+            )
+            panel = table.filter(task=key[0], task_params=key[1])
+            _panel(axis, panel, archs, trained.row(0))
+            axis.set_title(labels[key])
+        for axis in axes.flat[len(labels) :]:
+            axis.set_visible(False)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("accuracy")
+        for axis in axes.flat[max(0, len(labels) - columns) : len(labels)]:
+            axis.set_xlabel("sequence length")
+        figure.legend(
+            handles=_legend(archs),
+            loc="outside right center",
+            handlelength=2.6,
+            labelspacing=0.55,
+            fontsize=9.5,
+        )
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        sns.despine(fig=figure)
+        figure.savefig(path)
+
+
+def _panel(axis: Axes, panel: pl.DataFrame, archs: list[str], trained: tuple[int, int]) -> None:
+    lengths = sorted(panel["eval_length"].unique())
+    axis.set_xscale("log", base=2)
+    shortest, longest = trained
+    axis.axvspan(shortest / 1.04, longest * 1.04, color=_SHADE, zorder=0, linewidth=0)
+    chance = panel.group_by("eval_length").agg(pl.col("chance").first()).sort("eval_length").drop_nulls()
+    axis.plot(
+        chance["eval_length"],
+        chance["chance"],
+        color="#888888",
+        linestyle=(0, (1, 2)),
+        linewidth=1.5,
+        zorder=1,
+    )
+    # Models that tie would hide each other: each has its own place beside the length.
+    gap = min((b / a for a, b in itertools.pairwise(lengths)), default=2.0)
+    places = gap ** np.linspace(-0.24, 0.24, len(archs)) if len(archs) > 1 else [1.0]
+    for arch, place in zip(archs, places, strict=True):
+        colour, marker, dashed = look(arch)
+        mine = panel.filter(arch=arch).sort("eval_length")
+        if mine.is_empty():
+            continue
+        for _, run in mine.group_by("run_id", maintain_order=True):
+            axis.plot(
+                run["eval_length"] * place,
+                run["accuracy"],
+                color=colour,
+                alpha=0.35,
+                linewidth=0.8,
+                marker=".",
+                markersize=4,
+                zorder=2,
+            )
+        mean = mine.group_by("eval_length").agg(pl.col("accuracy").mean()).sort("eval_length")
+        axis.plot(
+            mean["eval_length"] * place,
+            mean["accuracy"],
+            **_pen(colour, marker, dashed),
+            zorder=4,
+        )
+    axis.set_xlim(lengths[0] / gap**0.55, lengths[-1] * gap**0.4)
+    axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.minorticks_off()
+    axis.set_ylim(-0.03, 1.05)
+    axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+
+
+def _pen(colour: str, marker: str, dashed: bool) -> dict[str, Any]:
+    return {
+        "color": colour,
+        "marker": marker,
+        "markersize": 5.5,
+        "markerfacecolor": "white" if dashed else colour,
+        "markeredgecolor": colour,
+        "markeredgewidth": 1.2,
+        "linestyle": (0, (4, 1.6)) if dashed else "-",
+        "linewidth": 1.5,
+    }
+
+
+def _legend(archs: list[str]) -> list[Line2D]:
+    handles = [Line2D([], [], label=arch, **_pen(*look(arch))) for arch in archs]
+    handles.append(Line2D([], [], label="one run", color="#555555", alpha=0.4, linewidth=0.8))
+    handles.append(Line2D([], [], label="chance", color="#888888", linestyle=(0, (1, 2)), linewidth=1.5))
+    handles.append(Line2D([], [], label="trained lengths", color=_SHADE, linewidth=9))
+    return handles
+
+
+def overview_figure(
+    table: pl.DataFrame, labels: Mapping[tuple[str, str], str], path: Path, *, title: str = ""
+) -> None:
+    """Mean accuracy of every architecture (rows) at every task and length (columns), as a heat map with
+    numbers.
+
+    Args:
+        table: of ``accuracy_table``, one point a (task, architecture).
+        labels: short names of the tasks.
+        path: of the PNG.
+        title: above the map.
+    """
+    archs = sorted(table["arch"].unique(), key=family_order)
+    spans = {
+        key: sorted(table.filter(task=key[0], task_params=key[1])["eval_length"].unique()) for key in labels
+    }
+    width = sum(len(lengths) for lengths in spans.values())
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(0.62 * width + 2.6, 0.36 * len(archs) + 1.6), layout="constrained", dpi=160)
+        axes = figure.subplots(
+            1, len(labels), squeeze=False, width_ratios=[len(spans[key]) for key in labels]
+        )[0]
+        for position, (axis, key) in enumerate(zip(axes, labels, strict=True)):
+            cells = table.filter(task=key[0], task_params=key[1])
+            colours = np.full((len(archs), len(spans[key])), np.nan)
+            for arch, length, mean, scaled, solved, runs in cells.select(
+                "arch", "eval_length", "mean", "chance_scaled", "solved", "runs"
+            ).iter_rows():
+                row, column = archs.index(arch), spans[key].index(length)
+                colours[row, column] = max(0.0, scaled)
+                ink = "white" if scaled > 0.55 else "#333333"
+                where = {"ha": "center", "va": "center", "color": ink}
+                axis.text(column + 0.5, row + 0.38, f"{mean:.2f}", fontsize=9, **where)
+                axis.text(column + 0.5, row + 0.75, f"{solved}/{runs}", fontsize=6.5, alpha=0.85, **where)
+            sns.heatmap(
+                colours,
+                ax=axis,
+                vmin=0,
+                vmax=1,
+                cmap=sns.light_palette("#1b4f72", as_cmap=True),
+                cbar=False,
+                linewidths=1.2,
+                linecolor="white",
+                xticklabels=spans[key],
+                yticklabels=archs if position == 0 else False,
+            )
+            axis.set_title(labels[key])
+            axis.set_xlabel("sequence length")
+            axis.tick_params(length=0, rotation=0)
+        figure.supxlabel(
+            "number: mean accuracy; below it: runs that solved the length; colour: from chance to perfect",
+            x=0.01,
+            ha="left",
+            fontsize=8,
+            color="#666666",
+        )
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        figure.savefig(path)

@@ -1,0 +1,267 @@
+"""A report: printed in the terminal, and written as Markdown, tables and figures to ``DIR/report``."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from arena.grid.results import load_environments, load_results
+from arena.grid.store import StoreError, read_plan
+from arena.report.palette import family_order
+from arena.report.statistics import MIN_UNITS
+from arena.report.tables import (
+    SOLVED,
+    accuracy_table,
+    budget_table,
+    chosen_points,
+    mixtures,
+    overall_table,
+    runs_table,
+    task_labels,
+)
+
+_BUDGET = ("parameters", "state bytes", "tokens", "unmatched")
+_WIDE = 130  # a terminal with fewer columns shows the accuracies only
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grid:
+    """A table as it is shown: a heading, column names, rows of text."""
+
+    heading: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def make_report(directory: str | Path, console: Console | None = None) -> list[Path]:
+    """Print the report of a result folder and write it.
+
+    Args:
+        directory: a result folder.
+        console: where to print; None: nowhere.
+
+    Returns:
+        The files written: report.md, accuracy, overall, budget and runs as .csv and .parquet, accuracy.png
+        and overview.png.
+
+    Raises:
+        StoreError: no result folder, or nothing in it.
+    """
+    directory = Path(directory)
+    rows = load_results(directory)
+    if rows.is_empty():
+        raise StoreError(f"{directory} holds no results yet: arena grid trains them")
+    plan = read_plan(directory)
+    request = _request(directory)
+    notes = _notes(rows, len(plan["runs"]) if plan is not None else None)
+    mixed = mixtures(rows, load_environments(directory))
+
+    folder = directory / "report"
+    folder.mkdir(exist_ok=True)
+    frames = {"runs": runs_table(rows)}
+    shown: list[_Grid] = []
+    figures: list[Path] = []
+    if rows["status"].is_in(["done", "diverged"]).any():
+        from arena.report.figure import accuracy_figure, overview_figure
+
+        points = chosen_points(rows)
+        keys = ["task", "task_params", "arch", "trial"]
+        best = rows.join(points.select(keys), on=keys, how="semi")
+        labels = _in_file_order(task_labels(rows), request)
+        frames |= {
+            "accuracy": accuracy_table(rows),
+            "overall": overall_table(best),
+            "budget": budget_table(best),
+        }
+        chosen = frames["accuracy"].join(points.select(keys), on=keys, how="semi")
+        shown = [_task_grid(chosen, frames["budget"], key, label) for key, label in labels.items()]
+        if len(labels) > 1:
+            shown.append(_overall_grid(frames["overall"]))
+        if (points["points"] > 1).any():
+            notes.append(
+                "Where an architecture was trained at several learning rates or weight decays, the one that is "
+                "best on split valid is shown; all are in accuracy.csv."
+            )
+        title = str(request.get("title") or request.get("name") or "")
+        figures = [folder / "accuracy.png", folder / "overview.png"]
+        accuracy_figure(best, labels, figures[0], title=title)
+        overview_figure(chosen, labels, figures[1], title=title)
+    written = [folder / "report.md"]
+    written[0].write_text(_markdown(request, notes, mixed, shown, figures), encoding="utf-8")
+    for name, frame in frames.items():
+        nested = [column for column, kind in frame.schema.items() if isinstance(kind, pl.List)]
+        frame.write_parquet(folder / f"{name}.parquet")
+        frame.drop(nested).write_csv(folder / f"{name}.csv")
+        written += [folder / f"{name}.csv", folder / f"{name}.parquet"]
+    if console is not None:
+        _print(console, request, notes, mixed, shown)
+    return written + figures
+
+
+def _request(directory: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads((directory / "experiment.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _in_file_order(labels: dict[tuple[str, str], str], request: dict[str, Any]) -> dict[tuple[str, str], str]:
+    order = [entry.get("name") for entry in request.get("tasks", [])]
+    return dict(
+        sorted(labels.items(), key=lambda item: order.index(item[0][0]) if item[0][0] in order else 999)
+    )
+
+
+def _notes(rows: pl.DataFrame, planned: int | None) -> list[str]:
+    """What a reader has to know before the numbers: how many runs, what is missing, what went wrong."""
+    runs = rows.unique("run_id")
+    counts = dict(runs["status"].value_counts().iter_rows())
+    stored = counts.get("done", 0) + counts.get("diverged", 0)
+    notes = [f"{stored} of {planned if planned is not None else stored} runs have a result."]
+    if planned is not None and stored < planned:
+        notes.append(f"INCOMPLETE: {planned - stored} runs have none; the same arena grid command goes on.")
+    for status in ("failed", "diverged"):
+        if counts.get(status):
+            names = sorted(
+                f"{arch} on {task}, seed {seed}" + (f" ({reason})" if reason else "")
+                for arch, task, seed, reason in runs.filter(status=status)
+                .select("arch", "task", "seed", "reason")
+                .iter_rows()
+            )
+            more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+            meaning = " (counted with the worst score)" if status == "diverged" else ""
+            notes.append(f"{counts[status]} runs {status}{meaning}: {'; '.join(names[:12])}{more}.")
+    if rows.filter(pl.col("split") == "train").height:
+        notes.append(
+            "Lengths marked * have so few sequences that training may have met them all: they are no test."
+        )
+    return notes
+
+
+_LEGEND = (
+    f"A cell: mean accuracy over the runs (lowest..highest run) solved/runs; from {MIN_UNITS} runs on, "
+    "interquartile mean [its 95 % bootstrap interval] instead of mean and range. A run solves a length when its "
+    f"chance-scaled accuracy, (accuracy - chance) / (1 - chance), is at least {SOLVED}. Exact solve-rate "
+    "intervals, chance-scaled and whole-sequence accuracy: accuracy.csv. State bytes: what one sequence carries at "
+    "the longest length. Unmatched: differs from the median architecture (parameters, tokens: by over 2 %)."
+)
+
+
+def _task_grid(table: pl.DataFrame, budget: pl.DataFrame, key: tuple[str, str], label: str) -> _Grid:
+    """Architectures by length, the best at the longest length first."""
+    cells = table.filter(task=key[0], task_params=key[1])
+    costs = {row["arch"]: row for row in budget.filter(task=key[0], task_params=key[1]).iter_rows(named=True)}
+    lengths = sorted(cells["eval_length"].unique())
+    longest = dict(cells.filter(eval_length=lengths[-1]).select("arch", "mean").iter_rows())
+    rows = []
+    for arch in sorted(
+        cells["arch"].unique(), key=lambda name: (-round(longest.get(name, 0.0), 2), family_order(name))
+    ):
+        texts = []
+        for length in lengths:
+            found = cells.filter(arch=arch, eval_length=length).to_dicts()
+            texts.append(" ".join(_accuracy_text(cell) for cell in found) or "-")
+        cost = costs[arch]
+        rows.append(
+            [
+                arch,
+                *texts,
+                f"{cost['params']:,}",
+                f"{cost['state_bytes']:,}",
+                f"{cost['train_tokens']:,}",
+                cost["unmatched"] or "",
+            ]
+        )
+    chance = (
+        cells.group_by("eval_length").agg(pl.col("chance").first()).sort("eval_length")["chance"].to_list()
+    )
+    rows.append(
+        ["chance", *(f"{value:.2f}" if value is not None else "-" for value in chance), "", "", "", ""]
+    )
+    seen = set(cells.filter(split="train")["eval_length"])
+    heads = [f"length {length}{'*' if length in seen else ''}" for length in lengths]
+    columns = ["architecture", *heads, *_BUDGET]
+    return _Grid(heading=label, columns=columns, rows=rows)
+
+
+def _accuracy_text(cell: dict[str, Any]) -> str:
+    if cell["runs"] == 1:
+        return f"{cell['mean']:.2f}"
+    solved = f"{cell['solved']}/{cell['runs']}"
+    if cell["iqm_low"] is not None:
+        return f"{cell['iqm']:.2f} [{cell['iqm_low']:.2f}, {cell['iqm_high']:.2f}] {solved}"
+    return f"{cell['mean']:.2f} ({cell['min']:.2f}..{cell['max']:.2f}) {solved}"
+
+
+def _overall_grid(overall: pl.DataFrame) -> _Grid:
+    rows = []
+    for row in overall.iter_rows(named=True):
+        if row["low"] is not None:
+            spread = f"{row['iqm']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        else:
+            spread = f"{row['min']:.2f}..{row['max']:.2f}"
+        solved = f"{row['solved']}/{row['units']} [{row['solve_low']:.2f}, {row['solve_high']:.2f}]"
+        rows.append([row["arch"], f"{row['mean']:.2f}", spread, solved])
+    return _Grid(
+        heading="all tasks, each at its longest length",
+        columns=[
+            "architecture",
+            "chance-scaled accuracy",
+            "range, or IQM [interval]",
+            "solved [95 % interval]",
+        ],
+        rows=rows,
+    )
+
+
+def _print(
+    console: Console, request: dict[str, Any], notes: list[str], mixed: list[str], shown: list[_Grid]
+) -> None:
+    if not console.is_terminal:  # a pipe or a file has no width: lines are not broken
+        console = Console(file=console.file, width=200, highlight=False)
+    console.print(f"[bold]{escape(str(request.get('title') or request.get('name') or 'results'))}[/bold]")
+    if request.get("claim"):
+        console.print(escape(request["claim"]))
+    for note in notes:
+        console.print(escape(note))
+    for line in mixed:
+        console.print(escape(f"MIXED {line}"))
+    for grid in shown:
+        count = len(grid.columns)
+        if console.width < _WIDE and _BUDGET[0] in grid.columns:  # report.md has them
+            count -= len(_BUDGET)
+        table = Table(title=escape(grid.heading), title_justify="left", title_style="bold")
+        for number, column in enumerate(grid.columns[:count]):
+            table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
+        for row in grid.rows:
+            table.add_row(*(escape(text) for text in row[:count]))
+        console.print(table)
+    if shown:
+        console.print(f"[dim]{escape(_LEGEND)}[/dim]")
+
+
+def _markdown(
+    request: dict[str, Any], notes: list[str], mixed: list[str], shown: list[_Grid], figures: list[Path]
+) -> str:
+    lines = [f"# {request.get('title') or request.get('name') or 'Results'}", ""]
+    if request.get("claim"):
+        lines += [str(request["claim"]), ""]
+    lines += [f"- {note}" for note in notes]
+    lines += [f"- MIXED {line}" for line in mixed]
+    for path in figures:
+        lines += ["", f"![{path.stem}]({path.name})"]
+    for grid in shown:
+        lines += ["", f"## {grid.heading}", ""]
+        lines.append("| " + " | ".join(grid.columns) + " |")
+        lines.append("|---" + "|---:" * (len(grid.columns) - 1) + "|")
+        lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in grid.rows]
+    if shown:
+        lines += ["", _LEGEND]
+    return "\n".join(lines) + "\n"

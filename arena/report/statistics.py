@@ -1,0 +1,94 @@
+"""Statistics that hold for few runs: exact solve-rate intervals, interquartile mean, stratified bootstrap."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+MIN_UNITS = 10
+"""Fewest units for a bootstrap interval: at n = 5 its coverage is 89 % instead of 95 %, and worse on bimodal
+scores."""
+REPLICATES = 20_000
+
+
+@functools.lru_cache(maxsize=4096)
+def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a success rate (Clopper & Pearson 1934).
+
+    Its ends are the rates p at which P(X >= successes) and P(X <= successes), with X ~ Binomial(trials, p),
+    fall to (1 - level) / 2.
+
+    Raises:
+        ValueError: not 0 <= successes <= trials, or no trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes in {trials} trials")
+    tail = (1 - level) / 2
+    low = 0.0 if successes == 0 else _solve(lambda p: 1 - _at_most(successes - 1, trials, p) - tail)
+    high = 1.0 if successes == trials else _solve(lambda p: tail - _at_most(successes, trials, p))
+    return low, high
+
+
+def _at_most(successes: int, trials: int, rate: float) -> float:
+    """P(X <= successes) for X ~ Binomial(trials, rate), 0 < rate < 1."""
+    log_odds = math.log(rate) - math.log1p(-rate)
+    base = trials * math.log1p(-rate) + math.lgamma(trials + 1)
+    terms = (
+        math.exp(base - math.lgamma(i + 1) - math.lgamma(trials - i + 1) + i * log_odds)
+        for i in range(successes + 1)
+    )
+    return math.fsum(terms)
+
+
+def _solve(rising: Callable[[float], float]) -> float:
+    """The zero in (0, 1) of a function that rises with its argument, by bisection to the last bit that
+    counts.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if rising(middle) < 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def interquartile_mean(scores: Sequence[float] | np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Mean of the middle half: a quarter of the values, rounded down, is cut from each end (as rliable
+    does).
+    """
+    values = np.sort(np.asarray(scores, dtype=np.float64), axis=-1 if axis is None else axis)
+    if axis is None:
+        values, axis = values.ravel(), 0
+        values.sort()
+    count = values.shape[axis]
+    cut = count // 4
+    return values.take(range(cut, count - cut), axis=axis).mean(axis=axis)
+
+
+def bootstrap_interval(
+    strata: Sequence[Sequence[float]], *, level: float = 0.95, replicates: int = REPLICATES, seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile interval of the interquartile mean over all units; runs are drawn anew inside each stratum.
+
+    Args:
+        strata: scores of the runs of each task.
+        level: of the interval.
+        replicates: number of bootstrap samples.
+        seed: of the draws.
+
+    Returns:
+        The interval, or None where it would mislead: fewer than :data:`MIN_UNITS` units, or no width.
+    """
+    groups = [np.asarray(group, dtype=np.float64) for group in strata if len(group)]
+    if sum(len(group) for group in groups) < MIN_UNITS:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = [group[rng.integers(len(group), size=(replicates, len(group)))] for group in groups]
+    means = interquartile_mean(np.concatenate(drawn, axis=1), axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return (float(low), float(high)) if high > low else None

@@ -6,10 +6,12 @@ split="train")` gives its tokens and targets, `task.solve(tokens)` the exact ans
 
 from synthetic_tasks import (  # noqa: F401 - importing a family registers its tasks
     arithmetic,
+    brackets,
     counting,
     languages,
     memory_editing,
     mqar,
+    stacks,
     state_tracking,
     strings,
     word_problems,

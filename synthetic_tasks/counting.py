@@ -153,12 +153,9 @@ class MajorityCount(Task):
         return float(np.bincount(self._bin(margins, length)).max() / len(margins))
 
     def space(self, length: int) -> int:
-        """Strings; in the share form, at least those with the smallest margin's minority symbols in one place."""
-        return (
-            self.n_symbols**length
-            if self.form == "capped"
-            else (self.n_symbols - 1) ** (length // 2 - 1) * length
-        )
+        """All strings; in the share form, at least those that open with the smallest possible majority."""
+        free = length if self.form == "capped" else length - length // 2 - 1
+        return self.n_symbols**free
 
     def _bin(self, margin: np.ndarray, length: int) -> np.ndarray:
         return (margin * self.n_classes - 1) // length

@@ -105,6 +105,10 @@ def scores_backward(
     log_decay,
     d_scores,
     d_t,
+    dq,
+    dk,
+    de,
+    dg,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     DECAY: tl.constexpr,
@@ -112,15 +116,13 @@ def scores_backward(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradients of q, k, e and the log decay ([C, K], or [C, 1] for a scalar) from those of A and T."""
+    """Add to the gradients of q, k, e and the log decay ([C, K], or [C, 1] for a scalar) from those of A and T."""
     r = tl.arange(0, C)[:, None]
     s = tl.arange(0, C)[None, :]
-    de = tl.zeros_like(k)
     if DECAY == 2:
         diagonal = tl.sum(tl.where(r == s, d_scores, 0.0), 1)[:, None]
-        dq = diagonal * k
-        dk = diagonal * q
-        dg = tl.zeros_like(k)
+        dq += diagonal * k
+        dk += diagonal * q
         for level in range(LEVELS):
             pairs = level_pairs(C, level)
             sums = level_sums(C, level)
@@ -142,7 +144,6 @@ def scores_backward(
             through += k * share
             dg += sum_rows(tl.trans(sums), through, EXACT)
     else:
-        dg = tl.zeros((C, 1), tl.float32)
         if DECAY == 1:
             key = tl.trans(k)
             between = pair_decay(log_decay, C, EXACT)
@@ -153,11 +154,11 @@ def scores_backward(
                 through += d_t * dot(e, key, PRECISION)
             # gate i takes every pair with s < i <= r: until[i, r] sums the pairs of row r with s < i
             until = sum_rows(mask_of(s < r), tl.trans(through), EXACT)
-            dg = tl.sum(tl.where(s >= r, until, 0.0), 1)[:, None]
-        dq = dot(d_scores, k, PRECISION)
-        dk = dot(tl.trans(d_scores), q, PRECISION)
+            dg += tl.sum(tl.where(s >= r, until, 0.0), 1)[:, None]
+        dq += dot(d_scores, k, PRECISION)
+        dk += dot(tl.trans(d_scores), q, PRECISION)
         if ERASE != 0:
-            de = dot(d_t, k, PRECISION)
+            de += dot(d_t, k, PRECISION)
             dk += dot(tl.trans(d_t), e, PRECISION)
     return dq, dk, de, dg
 
@@ -210,26 +211,23 @@ def chunk_backward_kernel(
     RAGGED_K: tl.constexpr = RAGGED or (K != BK)
     RAGGED_V: tl.constexpr = RAGGED or (V % BV != 0)
 
-    q, k, erase, log_decay = load_keys(
+    q_in, k_out, erase, log_decay = load_keys(
         q_ptr, k_ptr, log_decay_ptr, erase_ptr, first, rows, T, H, scale, K, kk, DECAY, ERASE, RAGGED_K
     )
-    e = k * erase
-    q_in = q
-    e_in = e
-    k_out = k
+    e_in = k_out * erase
     if DECAY != 0:
-        before, after, whole = chunk_decay(log_decay, C, DECAY, EXACT)
-        q_in = q * before
-        e_in = e * before
-        k_out = k * after
+        before, after, _ = chunk_decay(log_decay, C, DECAY, EXACT)
+        q_in *= before
+        e_in *= before
+        k_out *= after
     scores = tl.trans(load_square(scores_ptr, at, C))
     if ERASE != 0:
         x = load_square(inverse_ptr, at, C)
     d_scores = tl.zeros((C, C), tl.float32)
     d_t = tl.zeros((C, C), tl.float32)
-    dq_in = tl.zeros((C, BK), tl.float32)
-    dk_out = tl.zeros((C, BK), tl.float32)
-    de_in = tl.zeros((C, BK), tl.float32)
+    dq = tl.zeros((C, BK), tl.float32)
+    dk = tl.zeros((C, BK), tl.float32)
+    de = tl.zeros((C, BK), tl.float32)
     kept = tl.zeros((BK,), tl.float32)
     d_write = tl.zeros((C,), tl.float32)
     for tile in range(0, tl.cdiv(V, BV)):
@@ -252,10 +250,10 @@ def chunk_backward_kernel(
             z = dot(x, z - dot(e_in, state, PRECISION), PRECISION)
             dz = dot(tl.trans(x), dz, PRECISION)
             d_t -= dot(dz, tl.trans(z), PRECISION)
-            de_in -= dot(dz, tl.trans(state), PRECISION)
+            de -= dot(dz, tl.trans(state), PRECISION)
         d_scores += dot(do, tl.trans(z), PRECISION)
-        dq_in += dot(do, tl.trans(state), PRECISION)
-        dk_out += dot(z, tl.trans(d_state), PRECISION)
+        dq += dot(do, tl.trans(state), PRECISION)
+        dk += dot(z, tl.trans(d_state), PRECISION)
         if DECAY != 0:
             kept += tl.sum(d_state * state, 1)
         if WRITE == 2:
@@ -268,35 +266,40 @@ def chunk_backward_kernel(
     if WRITE == 1:
         store_gate(d_write_ptr + first, d_write[:, None], rows, T, H, V, kk, 1, RAGGED)
 
-    d_scores = tl.where(r >= s, d_scores, 0.0)
-    d_t = tl.where(r > s, d_t, 0.0)
-    dq, dk, de, dg = scores_backward(
-        q, k, e, log_decay, d_scores, d_t, C, LEVELS, DECAY, ERASE, PRECISION, EXACT
+    # loaded a second time: held through the loop above they would not fit the registers
+    q, k, erase, log_decay = load_keys(
+        q_ptr, k_ptr, log_decay_ptr, erase_ptr, first, rows, T, H, scale, K, kk, DECAY, ERASE, RAGGED_K
     )
-    if DECAY == 0:
-        dq += dq_in
-        dk += dk_out
-        de += de_in
-    else:
-        dq += dq_in * before
-        dk += dk_out * after
-        enter = q_in * dq_in
+    e = k * erase
+    dg = tl.zeros((C, 1), tl.float32)
+    if DECAY != 0:
+        before, after, whole = chunk_decay(log_decay, C, DECAY, EXACT)
+        dq *= before
+        de *= before
+        dk *= after
+        enter = q * dq
         if ERASE != 0:
-            de += de_in * before
-            enter += e_in * de_in
-        leave = k_out * dk_out
+            enter += e * de
+        leave = k * dk
         if DECAY == 2:
-            dg += sum_rows(mask_of(r <= s), enter, EXACT) + sum_rows(mask_of(r > s), leave, EXACT)
+            dg = sum_rows(mask_of(r <= s), enter, EXACT) + sum_rows(mask_of(r > s), leave, EXACT)
             dg += (tl.sum(whole, 1) * kept)[None, :]
-            dg = tl.where(log_decay > LOG_FLOOR, dg, 0.0)
-            store_gate(d_log_decay_ptr + first * K, dg, rows, T, H, K, kk, 2, RAGGED_K)
         else:
             enter_row = tl.trans(tl.broadcast_to(tl.sum(enter, 1)[:, None], (C, C)))
             leave_row = tl.trans(tl.broadcast_to(tl.sum(leave, 1)[:, None], (C, C)))
-            dg += tl.sum(tl.where(r <= s, enter_row, 0.0) + tl.where(r > s, leave_row, 0.0), 1)[:, None]
+            dg = tl.sum(tl.where(r <= s, enter_row, 0.0) + tl.where(r > s, leave_row, 0.0), 1)[:, None]
             dg += whole * tl.sum(kept, 0)
-            dg = tl.where(log_decay > LOG_FLOOR, dg, 0.0)
-            store_gate(d_log_decay_ptr + first, dg, rows, T, H, K, kk, 1, RAGGED)
+    d_scores = tl.where(r >= s, d_scores, 0.0)
+    d_t = tl.where(r > s, d_t, 0.0)
+    dq, dk, de, dg = scores_backward(
+        q, k, e, log_decay, d_scores, d_t, dq, dk, de, dg, C, LEVELS, DECAY, ERASE, PRECISION, EXACT
+    )
+    if DECAY == 2:
+        dg = tl.where(log_decay > LOG_FLOOR, dg, 0.0)
+        store_gate(d_log_decay_ptr + first * K, dg, rows, T, H, K, kk, 2, RAGGED_K)
+    elif DECAY == 1:
+        dg = tl.where(log_decay > LOG_FLOOR, dg, 0.0)
+        store_gate(d_log_decay_ptr + first, dg, rows, T, H, K, kk, 1, RAGGED)
     if ERASE == 2:
         store_gate(d_erase_ptr + first * K, de * k, rows, T, H, K, kk, 2, RAGGED_K)
         dk += de * erase

@@ -276,3 +276,32 @@ def test_bfloat16_runs_with_a_float32_memory(name):
         assert state["memory"].dtype == torch.float32
         assert block.initial_state(B)["memory"].dtype == torch.float32
         torch.testing.assert_close(y.double(), block.double()(x)[0], rtol=0.1, atol=0.1)
+
+
+def test_decay_forms_are_their_formulas():
+    x = tokens()
+
+    def pre_activation(gate):
+        return gate.decay_in(x).unflatten(-1, (H, -1))
+
+    for decay in ("scalar", "channel"):
+        gate = make("gdn2", gates=dict(decay=decay, decay_form="bounded")).gate
+        f = gate.decay.A_log.exp() * (pre_activation(gate) + gate.decay.dt_bias)
+        expected = torch.exp(-5 / (1 + torch.exp(-f)))
+        torch.testing.assert_close(gate(x).log_decay.exp().reshape(f.shape), expected)
+        gate = make("gdn2", gates=dict(decay=decay, decay_form="sigmoid")).gate
+        expected = 1 / (1 + torch.exp(-pre_activation(gate) - gate.decay.bias))
+        torch.testing.assert_close(gate(x).log_decay.exp().reshape(expected.shape), expected)
+        gate = make("gdn2", gates=dict(decay=decay, decay_form="sigmoid_root")).gate
+        expected = (1 / (1 + torch.exp(-pre_activation(gate)))) ** (1 / 16)
+        torch.testing.assert_close(gate(x).log_decay.exp().reshape(expected.shape), expected)
+
+
+def test_mlstm_starts_with_its_biases_alone():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = build_block("mlstm", d_model=16, n_heads=4)
+    trace = block.trace(torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(trace["forget_gate"][0, 2, :, 0], torch.tensor([3.0, 4.0, 5.0, 6.0]))
+    torch.testing.assert_close(trace["input_gate"][0, 2], trace["input_gate"][0, 0])
+    assert 0 < trace["input_gate"].abs().max() < 0.5

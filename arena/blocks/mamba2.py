@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from arena.blocks.base import Block, State, no_weight_decay
 from arena.blocks.gates import GateValues, StepDecay, signed_decay
-from arena.blocks.matrix import Inputs, MatrixMemoryBlock, MemoryBlock
+from arena.blocks.matrix import Inputs, MemoryBlock, matrix_block
 from arena.blocks.outer import RMSNorm, ShortConv
 from arena.blocks.registry import register
 from arena.memory import NAMED, GateSpec
@@ -98,16 +98,19 @@ def _build(
     headdim: int | None = None,
     d_state: int | None = None,
     gates: Mapping[str, Any] | None = None,
+    output_gate: str | None = None,
 ) -> Block:
     if outer == "official":
-        if gates:
+        if gates or output_gate:
             raise ValueError("the official Mamba-2 layer has fixed gates; use outer='common' to change them")
         return OfficialMamba2(
             d_model=d_model, n_heads=n_heads, spec=spec, conv=conv, headdim=headdim, d_state=d_state
         )
     if headdim or d_state:
         raise ValueError("headdim and d_state belong to the official Mamba-2 layer (outer='official')")
-    return MatrixMemoryBlock(d_model=d_model, n_heads=n_heads, spec=spec.replace(**(gates or {})), conv=conv)
+    return matrix_block(
+        spec, d_model=d_model, n_heads=n_heads, conv=conv, gates=gates, output_gate=output_gate
+    )
 
 
 for _name in ("mamba2", "mamba2-neg"):

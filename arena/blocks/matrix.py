@@ -261,6 +261,38 @@ def _with_axis(gate: Tensor) -> Tensor:
     return gate[..., None] if gate.dim() == 3 else gate
 
 
+def matrix_block(
+    spec: GateSpec,
+    *,
+    d_model: int,
+    n_heads: int,
+    conv: str | None,
+    layer: LayerSpec = COMMON,
+    gates: Mapping[str, Any] | None = None,
+    output_gate: Any = None,
+    block: type[MatrixMemoryBlock] = MatrixMemoryBlock,
+) -> Block:
+    """A block at a point of gate space.
+
+    Args:
+        spec: The point.
+        d_model: D.
+        n_heads: H.
+        conv: Short convolution in place of the layer's; None keeps it.
+        layer: What stands around the memory.
+        gates: Fields of the point to change, ``{"erase": "scalar"}`` say.
+        output_gate: ``"silu"``, ``"sigmoid"`` or ``"none"`` in place of the layer's; None keeps it.
+        block: The class to build.
+    """
+    return block(
+        d_model=d_model,
+        n_heads=n_heads,
+        spec=spec.replace(**(gates or {})),
+        layer=replace(layer, output_gate=output_gate) if output_gate else layer,
+        conv=conv,
+    )
+
+
 def register_memory(
     name: str,
     spec: GateSpec,
@@ -269,11 +301,9 @@ def register_memory(
     official_gates: Mapping[str, Any] | None = None,
     block: type[MatrixMemoryBlock] = MatrixMemoryBlock,
 ) -> None:
-    """Make an architecture known to ``build_block``, which then takes the options ``gates`` and
-    ``output_gate``.
+    """Make an architecture known to ``build_block``, with the options ``gates`` and ``output_gate``.
 
-    ``gates`` changes axes of gate space (``gates={"erase": "scalar"}``); ``output_gate`` is ``"silu"``,
-    ``"sigmoid"`` or ``"none"`` in place of the layer's.
+    These options are those of :func:`matrix_block`.
 
     Args:
         name: For ``build_block``.
@@ -297,10 +327,13 @@ def register_memory(
         layer, point = COMMON, spec
         if outer == "official":
             layer, point = official, spec.replace(**(official_gates or {}))
-        return block(
+        return matrix_block(
+            point,
             d_model=d_model,
             n_heads=n_heads,
-            spec=point.replace(**(gates or {})),
-            layer=replace(layer, output_gate=output_gate) if output_gate else layer,
             conv=conv,
+            layer=layer,
+            gates=gates,
+            output_gate=output_gate,
+            block=block,
         )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from arena.blocks.base import Block, State, no_weight_decay
 from arena.blocks.gates import exponential_gates
-from arena.blocks.matrix import Inputs, MatrixMemoryBlock, MemoryBlock
+from arena.blocks.matrix import Inputs, MemoryBlock, matrix_block
 from arena.blocks.outer import ShortConv
 from arena.blocks.registry import register
 from arena.memory import NAMED
@@ -98,12 +98,14 @@ def _build(
     depth: float,
     n_blocks: int | None = None,
     gates: Mapping[str, Any] | None = None,
+    output_gate: str | None = None,
 ) -> Block:
     if outer == "official":
-        if gates:
+        if gates or output_gate:
             raise ValueError("the official mLSTM layer has fixed gates; use outer='common' to change them")
         return OfficialMLSTM(d_model=d_model, n_heads=n_heads, conv=conv, n_blocks=n_blocks or 2)
     if n_blocks:
         raise ValueError("n_blocks belongs to the official mLSTM layer (outer='official')")
-    spec = NAMED["mlstm"].replace(**(gates or {}))
-    return MatrixMemoryBlock(d_model=d_model, n_heads=n_heads, spec=spec, conv=conv)
+    return matrix_block(
+        NAMED["mlstm"], d_model=d_model, n_heads=n_heads, conv=conv, gates=gates, output_gate=output_gate
+    )

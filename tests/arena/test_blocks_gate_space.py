@@ -209,6 +209,16 @@ def test_a_decay_of_exactly_zero_trains():
     assert all(parameter.grad.isfinite().all() for parameter in block.parameters())
 
 
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_the_output_gate_is_an_axis_of_every_common_block(name):
+    x = tokens()
+    assert "output_gate" not in make(name, output_gate="none").trace(x)
+    silu, sigmoid = make(name), make(name, output_gate="sigmoid")
+    z = silu.gate_out.linear(x).unflatten(-1, (H, -1))
+    torch.testing.assert_close(silu.trace(x)["output_gate"], z / (1 + torch.exp(-z)))
+    torch.testing.assert_close(sigmoid.trace(x)["output_gate"], 1 / (1 + torch.exp(-z)))
+
+
 @pytest.mark.parametrize("conv", ["none", "static", "dynamic-lowrank", "dynamic-headwise", "gate"])
 @pytest.mark.parametrize("name", ["gdn2", "mamba2", "mlstm"])
 @pytest.mark.parametrize("outer", ["common", "official"])

@@ -122,13 +122,13 @@ def list_names(
 
         print("tasks (arena show NAME says more):")
         for name in synthetic_tasks.names():
-            print(f"  {name:14} {synthetic_tasks.describe(name).splitlines()[1]}")
+            print(f"  {name:24} {synthetic_tasks.describe(name).splitlines()[1]}")
     if what in ("all", "experiments"):
         from arena.grid.experiment import load_experiment, shipped
 
         print("experiments (arena grid NAME):")
         for name in shipped():
-            print(f"  {name:14} {load_experiment(name).title}")
+            print(f"  {name:24} {load_experiment(name).title}")
     return OK
 
 

@@ -47,10 +47,10 @@ class GridDisplay:
         """Say what is about to be done."""
         self.started = True
         todo = sum(len(fleet.runs) for fleet in pending.fleets)
+        crew = f"{_counted(pending.workers, 'worker')} x {_counted(pending.threads, 'thread')}"
         self.console.print(
             f"{pending.planned} runs: {pending.stored} stored already, {todo} to train in "
-            f"{len(pending.fleets)} fleets; {pending.workers} worker{'s' if pending.workers > 1 else ''} x {pending.threads} "
-            f"thread{'s' if pending.threads > 1 else ''}",
+            f"{_counted(len(pending.fleets), 'fleet')}; {crew}",
             soft_wrap=True,
         )
         self.planned = sum(fleet.planned_tokens for fleet in pending.fleets)
@@ -90,6 +90,10 @@ class GridDisplay:
         if share <= 0.01 or passed < 3:
             return ""
         return f"about {_duration(passed * (1 - share) / share)} left"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _duration(seconds: float) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from arena.grid.experiment import Experiment, ExperimentError, TaskSection, one_line
+from arena.grid.experiment import Experiment, ExperimentError, TaskSection, near, one_line
 
 ID_LENGTH = 16
 """Hex digits of a run id: 64 bits, so 128,000 runs collide with a chance of about 4e-10."""
@@ -199,10 +200,17 @@ def split_fleet(fleet: Fleet) -> list[Fleet]:
 
 
 def backend_name() -> str:
-    """The implementation of the memory operator that will run."""
+    """The implementation of the memory operator that will run.
+
+    Raises:
+        ExperimentError: ARENA_BACKEND names none.
+    """
     from kernels.backends import resolve_backend
     from kernels.gated_memory.operator import BACKENDS
 
+    wanted = os.environ.get("ARENA_BACKEND", "auto")
+    if wanted not in ("auto", *BACKENDS):
+        raise ExperimentError(f"ARENA_BACKEND is {wanted!r}{near(wanted, BACKENDS)}")
     return resolve_backend("auto", BACKENDS)
 
 

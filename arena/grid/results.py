@@ -29,6 +29,7 @@ ROW_SCHEMA: dict[str, Any] = {
     "trial": pl.Int64,
     "split": pl.String,
     "eval_length": pl.Int64,
+    "reported": pl.Boolean,
     "metric": pl.String,
     "value": pl.Float64,
     "chance": pl.Float64,
@@ -50,7 +51,8 @@ ROW_SCHEMA: dict[str, Any] = {
     "environment": pl.String,
     "reason": pl.String,
 }
-"""Columns of the result table. ``model_params`` and ``task_params`` are canonical JSON; ``chance`` is the
+"""Columns of the result table. ``model_params`` and ``task_params`` are canonical JSON; ``reported`` tells a
+result (at a length of ``eval_lengths``) from what tuning may look at; ``chance`` is the
 score of an uninformed guess; ``state_bytes`` is what one sequence of ``eval_length`` carries; ``status`` is
 ``done``, ``diverged`` or ``failed`` (then ``value`` is null and ``reason`` says why); ``version`` lists the
 result versions; ``environment`` is a digest of the run's environment.json."""

@@ -74,7 +74,12 @@ def run_files(run: Run, fleet_id: str, result: Any, around: Mapping[str, Any]) -
         "status": result.status,
         "environment": digest(around),
     }
-    rows = [{**common, **row} for row in result.final]
+    # where a task's space is exhausted, both kinds of row are of split train
+    lengths = run.config["train"]["eval_lengths"]
+    rows = [
+        {**common, "reported": row["split"] != "valid" and row["eval_length"] in lengths, **row}
+        for row in result.final
+    ]
     curve = [{**{key: known.get(key) for key in CURVE_SCHEMA}, **row} for row in result.curve]
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in result.state_dict.items()}
     return {

@@ -86,8 +86,8 @@ def make_report(directory: str | Path, console: Console | None = None) -> list[P
             shown.append(_overall_grid(frames["overall"]))
         if (points["points"] > 1).any():
             notes.append(
-                "Where an architecture was trained at several learning rates or weight decays, the one that is "
-                "best on split valid is shown; all are in accuracy.csv."
+                "Of several learning rates or weight decays, the one that is best on split valid is shown, "
+                "for each architecture and task; all are in accuracy.csv."
             )
         title = str(request.get("title") or request.get("name") or "")
         figures = [folder / "accuracy.png", folder / "overview.png"]
@@ -138,7 +138,7 @@ def _notes(rows: pl.DataFrame, planned: int | None) -> list[str]:
             more = f" and {len(names) - 12} more" if len(names) > 12 else ""
             meaning = " (counted with the worst score)" if status == "diverged" else ""
             notes.append(f"{counts[status]} runs {status}{meaning}: {'; '.join(names[:12])}{more}.")
-    if rows.filter(pl.col("split") == "train").height:
+    if rows.filter(pl.col("reported"), pl.col("split") == "train").height:
         notes.append(
             "Lengths marked * have so few sequences that training may have met them all: they are no test."
         )
@@ -147,10 +147,12 @@ def _notes(rows: pl.DataFrame, planned: int | None) -> list[str]:
 
 _LEGEND = (
     f"A cell: mean accuracy over the runs (lowest..highest run) solved/runs; from {MIN_UNITS} runs on, "
-    "interquartile mean [its 95 % bootstrap interval] instead of mean and range. A run solves a length when its "
-    f"chance-scaled accuracy, (accuracy - chance) / (1 - chance), is at least {SOLVED}. Exact solve-rate "
-    "intervals, chance-scaled and whole-sequence accuracy: accuracy.csv. State bytes: what one sequence carries at "
-    "the longest length. Unmatched: differs from the median architecture (parameters, tokens: by over 2 %)."
+    "interquartile mean [its 95 % bootstrap interval] instead of mean and range. "
+    "A run solves a length when its chance-scaled accuracy, (accuracy - chance) / (1 - chance), is at least "
+    f"{SOLVED}. "
+    "Exact solve-rate intervals, chance-scaled and whole-sequence accuracy: accuracy.csv. "
+    "State bytes: what one sequence carries at the longest length. "
+    "Unmatched: differs from the median architecture (parameters, tokens: by over 2 %)."
 )
 
 

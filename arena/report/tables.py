@@ -26,7 +26,7 @@ def scores(rows: pl.DataFrame) -> pl.DataFrame:
     Split ``test``, and ``train`` where a task's sequences of that length are so few that training may have
     met them all; split ``valid`` is no result.
     """
-    kept = rows.filter(pl.col("split").is_in(["test", "train"]), pl.col("status") != "failed")
+    kept = rows.filter(pl.col("reported"), pl.col("status") != "failed")
     wide = kept.pivot(
         on="metric",
         index=[*CELL, "seed", "run_id", "status", "state_bytes"],
@@ -88,21 +88,22 @@ def accuracy_table(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def chosen_points(rows: pl.DataFrame) -> pl.DataFrame:
-    """The point (lr, weight decay) of each task and architecture that is best on valid, never on test.
+    """The point (lr, weight decay) of each task and architecture that is best on valid, never on what is
+    reported.
 
-    Best mean accuracy on valid over lengths and seeds; ties by valid loss, then by the smaller rate.
+    Best mean accuracy over the valid lengths and seeds; ties by valid loss, then by the smaller rate.
 
     Returns:
         task, task_params, arch, trial, and ``points``: how many there were.
     """
     index = ["task", "task_params", "arch", "trial", "lr", "weight_decay"]
-    valid = rows.filter(pl.col("split") == "valid", pl.col("status") != "failed")
 
     def mean(metric: str) -> pl.Expr:
-        return pl.col("value").filter(pl.col("metric") == metric).mean()
+        return pl.col("value").filter(pl.col("metric") == metric, ~pl.col("reported")).mean()
 
     ranked = (
-        valid.group_by(index)
+        rows.filter(pl.col("status") != "failed")
+        .group_by(index)
         .agg(accuracy=mean("accuracy"), loss=mean("loss"))
         .sort(
             ["accuracy", "loss", "lr", "weight_decay"],
@@ -163,7 +164,7 @@ def budget_table(rows: pl.DataFrame) -> pl.DataFrame:
     and ``unmatched``: the names of what differs from the median architecture by more than 2 % (states: at
     all).
     """
-    done = rows.filter(pl.col("status") != "failed", pl.col("split").is_in(["test", "train"]))
+    done = rows.filter(pl.col("reported"), pl.col("status") != "failed")
     table = done.group_by("task", "task_params", "arch", maintain_order=True).agg(
         params=pl.col("params").max(),
         state_bytes=pl.col("state_bytes").max(),

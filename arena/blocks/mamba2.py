@@ -51,7 +51,9 @@ class OfficialMamba2(MemoryBlock):
         d_state = d_state or max(1, d_model // (2 * n_heads))
         inner = 2 * d_model
         if inner % headdim:
-            raise ValueError(f"headdim must divide 2 d_model = {inner}, got {headdim}")
+            raise ValueError(
+                f"headdim must divide 2 d_model = {inner}, got {headdim}; set the option headdim"
+            )
         heads = inner // headdim
         super().__init__(d_model=d_model, n_heads=heads, spec=spec, key_dim=d_state, value_dim=headdim)
         self.widths = [inner, inner + 2 * d_state, heads]

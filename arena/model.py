@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from arena.blocks import Block, block_names, block_options, build_block
 from arena.blocks.base import State, no_weight_decay
+from arena.blocks.outer import RMSNorm
 from arena.blocks.registry import near
 
 _STACK = re.compile(r"xlstm\[(\d+):(\d+)\]")
 _GELU_FACTOR = 1.3  # hidden width of the official sLSTM's gated MLP over d_model (2405.04517)
-_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,18 +109,6 @@ def parse_arch(arch: str, n_layers: int) -> list[str]:
     if n_layers < len(period):
         raise ValueError(f"{arch!r} needs at least {len(period)} layers (one period), not {n_layers}")
     return [period[layer % len(period)] for layer in range(n_layers)]
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis (Zhang & Sennrich, 1910.07467); the weight starts at 1."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = no_weight_decay(nn.Parameter(torch.ones(width)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., D]."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS) * self.weight
 
 
 class GatedMLP(nn.Module):

@@ -144,7 +144,7 @@ def test_odd_batches_agree_to_rounding(arch):
     """Not bit for bit.
 
     A vectorised loop of torch (softplus, sigmoid) computes the last elements, those beyond a multiple of 16,
-    with the scalar function, which rounds differently; in a fleet these are elements of the last replica only.
+    with the scalar function, which rounds differently; in a fleet they belong to the last replica only.
     """
     config = train_config(batch_size=5, eval_examples=7, steps=4)
     replicas = [Replica(seed=seed) for seed in range(3)]
@@ -287,6 +287,26 @@ def test_what_on_step_raises_ends_the_training():
 
     with pytest.raises(KeyboardInterrupt):
         train_fleet(model_config("gdn"), TASK, train_config(), [Replica(seed=0)], on_step=stop)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_on_a_gpu_do_not_wait_for_it():
+    replicas = [Replica(seed=0), Replica(seed=1, lr=1e30, clip=math.inf), Replica(seed=2)]
+    config = train_config(steps=8)
+
+    def forbid(done: int) -> None:
+        # Warm-up, which compiles and loads, may wait; the last step is followed by an evaluation, which does.
+        torch.cuda.set_sync_debug_mode("error" if 3 <= done < 8 else "default")
+
+    on_gpu = train_fleet(model_config("gdn"), TASK, config, replicas, device="cuda", on_step=forbid)
+    on_cpu = train_fleet(model_config("gdn"), TASK, config, replicas)
+    assert [result.status for result in on_gpu] == ["done", "diverged", "done"]
+    for one, other in zip(on_gpu, on_cpu, strict=True):
+        assert one.steps == other.steps
+        assert all(value.device.type == "cpu" for value in one.state_dict.values())
+        for row, twin in zip(one.final, other.final, strict=True):
+            if row["metric"] == "loss" and one.status == "done":
+                assert row["value"] == pytest.approx(twin["value"], rel=1e-2)
 
 
 def test_gdn_neg_learns_parity():

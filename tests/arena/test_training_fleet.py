@@ -298,7 +298,10 @@ def test_steps_on_a_gpu_do_not_wait_for_it():
         # Warm-up, which compiles and loads, may wait; the last step is followed by an evaluation, which does.
         torch.cuda.set_sync_debug_mode("error" if 3 <= done < 8 else "default")
 
-    on_gpu = train_fleet(model_config("gdn"), TASK, config, replicas, device="cuda", on_step=forbid)
+    try:
+        on_gpu = train_fleet(model_config("gdn"), TASK, config, replicas, device="cuda", on_step=forbid)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     on_cpu = train_fleet(model_config("gdn"), TASK, config, replicas)
     assert [result.status for result in on_gpu] == ["done", "diverged", "done"]
     for one, other in zip(on_gpu, on_cpu, strict=True):

@@ -1,13 +1,20 @@
-"""Logs of writes and queries: the bookkeeping that the memory-editing tasks share.
+"""Logs of writes and queries: what the memory-editing tasks share.
 
 Time is counted in slots. A write or a query is a (key, slot) pair; arrays are int64 [N,W] and [N,Q].
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
 import numpy as np
 
+from synthetic_tasks.base import Task
 from synthetic_tasks.rng import Rows
+
+BLANK, ASK = 0, 1
 
 
 def latest_write(
@@ -91,3 +98,123 @@ def edit_and_query_slots(
     queries[:, :-1] = np.sort(rows.order(stream + 1, region - 1, last=taken)[:, : n_queries - 1], axis=1)
     queries[:, -1] = region - 1
     return edits + first, queries + first
+
+
+class Log(NamedTuple):
+    """A sequence's writes (first the n_keys bindings, then the edits) and queries, in slots."""
+
+    write_key: np.ndarray
+    write_slot: np.ndarray
+    query_key: np.ndarray
+    query_slot: np.ndarray
+    asked: np.ndarray
+    """bool [N,Q]; false where `lag` left no key to ask for."""
+    key_token: np.ndarray
+    """int64 [N,n_keys]: the token of each key."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryTask(Task):
+    """Special tokens, then keys, then values; a query begins with "?"."""
+
+    n_key_tokens: int = 32
+    """Size of the keys' vocabulary."""
+    n_value_tokens: int = 32
+    """Size of the values' vocabulary."""
+
+    special: ClassVar[tuple[str, ...]] = (".", "?")
+
+    def __post_init__(self) -> None:
+        self._require("n_key_tokens", 1, 2**20)
+        self._require("n_value_tokens", 2, 2**20)
+
+    @property
+    def _first_key(self) -> int:
+        return len(self.special)
+
+    @property
+    def _first_value(self) -> int:
+        return self._first_key + self.n_key_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Special tokens, keys, values."""
+        return self._first_value + self.n_value_tokens
+
+    @property
+    def n_classes(self) -> int:
+        """Tokens."""
+        return self.vocab_size
+
+    @property
+    def _width(self) -> int:
+        """Tokens of a slot."""
+        return 2
+
+    @property
+    def length_step(self) -> int:
+        """Whole slots."""
+        return self._width
+
+    def _blind(self, n_keys: int) -> float:
+        """How often the present value of a key picked blindly is right; of one key, a constant guess."""
+        if n_keys == 1:
+            return 1 / self.n_value_tokens
+        return 1 / n_keys + (1 - 1 / n_keys) / self.n_value_tokens
+
+    def token_name(self, token: int) -> str:
+        """Special tokens, keys `k3`, values `v5`."""
+        if token < len(self.special):
+            return self.special[token]
+        if token < self._first_value:
+            return f"k{token - self._first_key}"
+        return f"v{token - self._first_value}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScatteredTask(MemoryTask):
+    """Keys are bound in the first n_keys slots; edits and queries follow at random places."""
+
+    n_keys: int = 4
+    """Different keys in a sequence."""
+    n_queries: int = 4
+    """Queries in a sequence (fewer where `lag` leaves no key to ask for)."""
+    lag: int = 1
+    """Slots from the last write of the key that is asked for to its query, at least."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("n_keys", 1, self.n_key_tokens)
+        self._require("n_queries", 1)
+        self._require("lag", 1)
+
+    @property
+    def _edits(self) -> int:
+        return 0
+
+    @property
+    def min_length(self) -> int:
+        """All writes, then the queries or the lag."""
+        return self._width * (self.n_keys + self._edits + max(self.n_queries, self.lag))
+
+    def chance(self, length: int) -> float:
+        """The present value of a key picked blindly."""
+        return self._blind(self.n_keys)
+
+    def space(self, length: int) -> int:
+        """Choices of keys, values and edited keys; places and queries are not counted."""
+        values = self.n_value_tokens**self.n_keys * (self.n_keys * (self.n_value_tokens - 1)) ** self._edits
+        return math.perm(self.n_key_tokens, self.n_keys) * values
+
+    def _log(self, rows: Rows, slots: int, scattered: bool = True) -> Log:
+        """Draw everything but the values. Uses streams 0 to 9."""
+        n, k, edits = len(rows), self.n_keys, self._edits
+        edit_slot, query_slot = edit_and_query_slots(
+            rows, 0, k, slots, edits, self.n_queries, self.lag, scattered
+        )
+        bound = np.tile(np.arange(k), (n, 1))
+        write_key = np.concatenate([bound, rows.below(k, 2, edits)], axis=1)
+        write_slot = np.concatenate([bound, edit_slot], axis=1)
+        query_key = eligible_keys(rows, 3, k, write_key, write_slot, query_slot, self.lag, slots)
+        key_token = self._first_key + rows.distinct(self.n_key_tokens, 4, k)
+        return Log(write_key, write_slot, np.maximum(query_key, 0), query_slot, query_key >= 0, key_token)

@@ -90,8 +90,8 @@ class AnBn(Task):
         n, k, letters = len(rows), self.n_segments, self.letters
         total, least = self._counts(length)
         free = total - (least - 1) * k
-        # k - 1 different cuts among free - 1 places: every composition of `free` into k parts is equally likely.
-        cuts = np.sort(rows.distinct(free - 1, 0, k - 1), axis=1) + 1 if k > 1 else np.empty((n, 0), np.int64)
+        # k - 1 different cuts among free - 1 places: every composition of `free` is equally likely.
+        cuts = np.sort(rows.distinct(free - 1, 0, k - 1), axis=1) + 1
         edges = np.concatenate([np.zeros((n, 1), np.int64), cuts, np.full((n, 1), free)], axis=1)
         size = np.diff(edges, axis=1) + least - 1
         runs = np.repeat(size[:, :, None], letters, axis=2)

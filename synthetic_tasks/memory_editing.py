@@ -1,136 +1,230 @@
-"""Memory editing: what was written is overwritten, deleted, corrected or added to, and then asked for."""
+"""Memory editing: what was written is overwritten, deleted or corrected, and then asked for."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import ClassVar
 
 import numpy as np
+import torch
 
-from synthetic_tasks.base import IGNORE, Draw, Task, register, unscored
-from synthetic_tasks.keyvalue import changing_values, edit_and_query_slots, eligible_keys, latest_write
+from synthetic_tasks.base import IGNORE, Draw, most_frequent_answer, register, unscored
+from synthetic_tasks.keyvalue import ASK, BLANK, MemoryTask, ScatteredTask, changing_values, latest_write
 from synthetic_tasks.rng import Rows
 
-BLANK, ASK = 0, 1
+
+def read_log(tokens: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Present and previous value of every query's key in slots of two tokens, [N,T] each; -100 elsewhere."""
+    targets, stale = unscored(tokens), unscored(tokens)
+    row = np.arange(len(tokens))
+    present = np.full((len(tokens), vocab_size), IGNORE, np.int64)
+    previous = present.copy()
+    for t in range(0, tokens.shape[1], 2):
+        left, right = tokens[:, t], tokens[:, t + 1]
+        asked, written = left == ASK, left > ASK
+        key = left[written]
+        previous[row[written], key] = present[row[written], key]
+        present[row[written], key] = right[written]
+        targets[asked, t + 1] = present[row[asked], right[asked]]
+        stale[asked, t + 1] = previous[row[asked], right[asked]]
+    return targets, stale
 
 
 @register("rebind", "memory editing")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rebind(Task):
+class Rebind(ScatteredTask):
     """Keys are bound, bound again to new values, and asked for: the latest value wins.
 
     Definition: time is cut into slots of two tokens. First n_keys different keys are bound (key value).
     Then come n_rebinds slots that bind a random one of them to a new value, always different from the one
     it replaces, and n_queries slots ("?" key) that ask for a random one; all other slots are blank. Queries
     are at random places, one of them in the last slot. A query only asks for keys last bound at least `lag`
-    slots before it; where there is no such key the slot stays blank.
+    slots before it; where there is no such key the slot stays blank. No rebind is within `lag` slots of the
+    last query.
     Tokens: 0 blank, 1 "?", then n_key_tokens keys, then n_value_tokens values. Classes: the same tokens.
     Example: k3 v5  k1 v2  k3 v7  ? k3  . .  ? k1 -> v7 at the k3 after "?", v2 at the last token.
-    Scored: the key of every query.
+    Scored: the key of every query. `stale(tokens)` gives the value that each asked key had before.
     Source: ours. Zoology's forgetting MQAR is the nearest: there all updates come in one block
     (scattered=false) and may write the old value again.
-    Metric: accuracy at queries. Dials: n_keys (load), n_rebinds (overwrites), lag, scattered, length.
-    Chance: 1/n_keys + (1 - 1/n_keys)/n_value_tokens, the present value of a key picked blindly.
+    Metric: accuracy at queries; share of answers that are stale. Dials: n_keys (load), n_rebinds
+    (overwrites), lag, scattered, length.
+    Chance: 1/n_keys + (1 - 1/n_keys)/n_value_tokens, the present value of a key picked blindly; one
+    value guessed always where there is only one key.
+    """
+
+    n_rebinds: int = 4
+    """How many times some key is bound again."""
+    scattered: bool = True
+    """Rebinds at random places among the queries; otherwise in one block right after the first bindings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("n_rebinds", 0)
+        self._require_flag("scattered")
+
+    @property
+    def _edits(self) -> int:
+        return self.n_rebinds
+
+    def stale(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The value that the asked key had before its present one, -100 where there was none: int64 [B,T]."""
+        return torch.from_numpy(read_log(tokens.numpy(), self.vocab_size)[1])
+
+    def _generate(self, rows: Rows, length: int) -> Draw:
+        n, slots = len(rows), length // 2
+        row = np.arange(n)[:, None]
+        log = self._log(rows, slots, self.scattered)
+        value = self._values(rows, log.write_key, log.write_slot)
+        latest = latest_write(log.write_key, log.write_slot, log.query_key, log.query_slot, slots)
+        grid = np.zeros((n, slots, 2), np.int64)
+        grid[row, log.write_slot, 0] = np.take_along_axis(log.key_token, log.write_key, axis=1)
+        grid[row, log.write_slot, 1] = value
+        grid[row, log.query_slot, 0] = np.where(log.asked, ASK, BLANK)
+        query = np.take_along_axis(log.key_token, log.query_key, axis=1)
+        grid[row, log.query_slot, 1] = np.where(log.asked, query, BLANK)
+        tokens = grid.reshape(n, length)
+        targets = unscored(tokens)
+        answer = np.take_along_axis(value, latest, axis=1)
+        targets[row, 2 * log.query_slot + 1] = np.where(log.asked, answer, IGNORE)
+        return Draw(tokens, targets)
+
+    def _values(self, rows: Rows, write_key: np.ndarray, write_slot: np.ndarray) -> np.ndarray:
+        """The token that stands after the key in every write, [N,W]. Uses streams from 10 on."""
+        return self._first_value + changing_values(rows, 10, write_key, write_slot, self.n_value_tokens)
+
+    def _solve(self, tokens: np.ndarray) -> np.ndarray:
+        return read_log(tokens, self.vocab_size)[0]
+
+
+@register("erase", "memory editing")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Erase(Rebind):
+    """Keys are bound, rebound and unbound; an unbound key's query answers "none".
+
+    Definition: as `rebind`, with n_erases more edits, at random places among the rebinds, that unbind a
+    random key (key "unbind"; it may be unbound already). The query of a key whose last edit unbound it
+    answers "none".
+    Tokens: 0 blank, 1 "?", 2 "unbind", 3 "none" (an answer only), then keys, then values. Classes: the same
+    tokens.
+    Example: k3 v5  k1 v2  k3 unbind  ? k3  ? k1 -> none, v2.
+    Scored: the key of every query.
+    Source: ours; no public toolkit has deletion on command.
+    Metric: accuracy at queries, apart for bound and unbound keys. Dials: n_erases, n_rebinds, n_keys, lag,
+    length.
+    Chance: the share of the most frequent answer ("none", with the default parameters), measured on fixed
+    samples.
+    """
+
+    n_erases: int = 4
+    """How many times some key is unbound."""
+
+    special: ClassVar[tuple[str, ...]] = (".", "?", "unbind", "none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("n_erases", 0)
+
+    @property
+    def _edits(self) -> int:
+        return self.n_rebinds + self.n_erases
+
+    def chance(self, length: int) -> float:
+        """The share of the most frequent answer."""
+        return most_frequent_answer(self, length)
+
+    def space(self, length: int) -> int:
+        """Choices of keys and of the bindings' values, and of the edited keys."""
+        free = self.n_keys + self.n_rebinds
+        return self.n_keys**self._edits * (self.n_value_tokens - 1) ** free
+
+    def _values(self, rows: Rows, write_key: np.ndarray, write_slot: np.ndarray) -> np.ndarray:
+        value = super()._values(rows, write_key, write_slot)
+        unbinds = rows.order(11, self._edits) < self.n_erases
+        value[:, self.n_keys :] = np.where(unbinds, 2, value[:, self.n_keys :])
+        return value
+
+    def _generate(self, rows: Rows, length: int) -> Draw:
+        draw = super()._generate(rows, length)
+        assert draw.targets is not None
+        return Draw(draw.tokens, np.where(draw.targets == 2, 3, draw.targets))
+
+    def _solve(self, tokens: np.ndarray) -> np.ndarray:
+        targets = super()._solve(tokens)
+        return np.where(targets == 2, 3, targets)
+
+
+@register("correction", "memory editing")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Correction(MemoryTask):
+    """Write, then correct, then query: how much of the old value is left?
+
+    Definition: slots of two tokens. n_keys different keys are bound; `gap` blank slots; n_corrections of
+    the keys, different ones in random order, are bound to another value; blank slots that fill the length;
+    every key is asked once, in random order.
+    Tokens: 0 blank, 1 "?", then keys, then values. Classes: the same tokens.
+    Example: k3 v5  k1 v2  . .  k3 v7  . .  ? k1  ? k3 -> v2, v7; stale: v5 at the last.
+    Scored: the key of every query. `stale(tokens)` gives the value before the correction, -100 where there
+    was none: the share of answers that equal it, or its logit's distance, tells how much is left.
+    Source: ours; the write-then-correct probe behind the "memory correction" claim of 2606.12364.
+    Metric: accuracy, apart for corrected and other keys; share of stale answers. Dials: gap (age of the old
+    value), length (age of the correction), n_corrections, n_keys.
+    Chance: 1/n_keys + (1 - 1/n_keys)/n_value_tokens, the present value of a key picked blindly; one
+    value guessed always where there is only one key.
     """
 
     n_keys: int = 4
     """Different keys in a sequence."""
-    n_rebinds: int = 4
-    """How many times some key is bound again."""
-    n_queries: int = 4
-    """Queries in a sequence (fewer where `lag` leaves no key to ask for)."""
-    lag: int = 1
-    """Slots from the write that is asked for to its query, at least."""
-    scattered: bool = True
-    """Rebinds at random places among the queries; otherwise in one block right after the first bindings."""
-    n_key_tokens: int = 32
-    """Size of the keys' vocabulary."""
-    n_value_tokens: int = 32
-    """Size of the values' vocabulary."""
+    n_corrections: int = 2
+    """Keys whose value is corrected."""
+    gap: int = 2
+    """Blank slots between the bindings and the corrections."""
 
     def __post_init__(self) -> None:
-        self._require("n_key_tokens", 1, 2**20)
+        super().__post_init__()
         self._require("n_keys", 1, self.n_key_tokens)
-        self._require("n_rebinds", 0)
-        self._require("n_queries", 1)
-        self._require("lag", 1)
-        self._require("n_value_tokens", 2, 2**20)
-        self._require_flag("scattered")
-
-    @property
-    def vocab_size(self) -> int:
-        """Blank, "?", keys, values."""
-        return 2 + self.n_key_tokens + self.n_value_tokens
-
-    @property
-    def n_classes(self) -> int:
-        """Tokens."""
-        return self.vocab_size
+        self._require("n_corrections", 0, self.n_keys)
+        self._require("gap", 0)
 
     @property
     def min_length(self) -> int:
-        """All bindings, then the queries or the lag."""
-        return 2 * (self.n_keys + self.n_rebinds + max(self.n_queries, self.lag))
-
-    @property
-    def length_step(self) -> int:
-        """Whole slots."""
-        return 2
+        """Bindings, gap, corrections, queries."""
+        return 2 * (2 * self.n_keys + self.gap + self.n_corrections)
 
     def chance(self, length: int) -> float:
         """The present value of a key picked blindly."""
-        return 1 / self.n_keys + (1 - 1 / self.n_keys) / self.n_value_tokens
+        return self._blind(self.n_keys)
 
     def space(self, length: int) -> int:
-        """Choices of keys, values and queried keys; the placement is not counted."""
-        keys = 1
-        for i in range(self.n_keys):
-            keys *= self.n_key_tokens - i
-        values = self.n_value_tokens**self.n_keys * (self.n_value_tokens - 1) ** self.n_rebinds
-        return keys * values * self.n_keys**self.n_rebinds
+        """Keys, values, corrections and the order of the queries."""
+        keys = math.perm(self.n_key_tokens, self.n_keys) * math.factorial(self.n_keys)
+        corrections = (
+            math.perm(self.n_keys, self.n_corrections) * (self.n_value_tokens - 1) ** self.n_corrections
+        )
+        return keys * self.n_value_tokens**self.n_keys * corrections
+
+    def stale(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The value that the asked key had before its correction, -100 where there was none: int64 [B,T]."""
+        return torch.from_numpy(read_log(tokens.numpy(), self.vocab_size)[1])
 
     def _generate(self, rows: Rows, length: int) -> Draw:
-        n, slots = len(rows), length // 2
-        edit_slot, query_slot = edit_and_query_slots(
-            rows, 0, self.n_keys, slots, self.n_rebinds, self.n_queries, self.lag, self.scattered
-        )
-        write_key = np.empty((n, self.n_keys + self.n_rebinds), np.int64)
-        write_key[:, : self.n_keys] = np.arange(self.n_keys)
-        write_key[:, self.n_keys :] = rows.below(self.n_keys, 2, self.n_rebinds)
-        write_slot = np.concatenate([np.tile(np.arange(self.n_keys), (n, 1)), edit_slot], axis=1)
-        values = changing_values(rows, 3, write_key, write_slot, self.n_value_tokens) + 2 + self.n_key_tokens
-        query_key = eligible_keys(rows, 4, self.n_keys, write_key, write_slot, query_slot, self.lag, slots)
-        asked = query_key >= 0
-        query_key = np.maximum(query_key, 0)
-        answer = np.take_along_axis(
-            values, latest_write(write_key, write_slot, query_key, query_slot, slots), axis=1
-        )
-        key_token = rows.distinct(self.n_key_tokens, 5, self.n_keys) + 2
-
-        grid = np.zeros((n, slots, 2), np.int64)
-        row = np.arange(n)[:, None]
-        grid[row, write_slot, 0] = np.take_along_axis(key_token, write_key, axis=1)
-        grid[row, write_slot, 1] = values
-        grid[row, query_slot, 0] = np.where(asked, ASK, BLANK)
-        grid[row, query_slot, 1] = np.where(asked, np.take_along_axis(key_token, query_key, axis=1), BLANK)
-        tokens = grid.reshape(n, -1)
-        targets = unscored(tokens)
-        targets[row, 2 * query_slot + 1] = np.where(asked, answer, IGNORE)
-        return Draw(tokens, targets)
+        n, k, c = len(rows), self.n_keys, self.n_corrections
+        key = self._first_key + rows.distinct(self.n_key_tokens, 0, k)
+        value = rows.below(self.n_value_tokens, 1, k)
+        corrected = rows.distinct(k, 2, c)
+        shift = 1 + rows.below(self.n_value_tokens - 1, 3, c)
+        changed = (np.take_along_axis(value, corrected, axis=1) + shift) % self.n_value_tokens
+        asked = rows.order(4, k)
+        grid = np.zeros((n, length // 2, 2), np.int64)
+        grid[:, :k, 0], grid[:, :k, 1] = key, self._first_value + value
+        edits = slice(k + self.gap, k + self.gap + c)
+        grid[:, edits, 0] = np.take_along_axis(key, corrected, axis=1)
+        grid[:, edits, 1] = self._first_value + changed
+        grid[:, -k:, 0], grid[:, -k:, 1] = ASK, np.take_along_axis(key, asked, axis=1)
+        np.put_along_axis(value, corrected, changed, axis=1)
+        targets = np.full((n, length), IGNORE, np.int64)
+        targets[:, -2 * k + 1 :: 2] = self._first_value + np.take_along_axis(value, asked, axis=1)
+        return Draw(grid.reshape(n, length), targets)
 
     def _solve(self, tokens: np.ndarray) -> np.ndarray:
-        targets = unscored(tokens)
-        row = np.arange(len(tokens))
-        present = np.zeros((len(tokens), self.vocab_size), np.int64)
-        for t in range(0, tokens.shape[1], 2):
-            left, right = tokens[:, t], tokens[:, t + 1]
-            asked, written = left == ASK, left > ASK
-            present[row[written], left[written]] = right[written]
-            targets[asked, t + 1] = present[row[asked], right[asked]]
-        return targets
-
-    def token_name(self, token: int) -> str:
-        """`.`, `?`, `k3`, `v5`."""
-        if token < 2:
-            return ".?"[token]
-        token -= 2
-        return f"k{token}" if token < self.n_key_tokens else f"v{token - self.n_key_tokens}"
+        return read_log(tokens, self.vocab_size)[0]

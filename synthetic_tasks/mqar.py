@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import numpy as np
 
@@ -85,8 +86,8 @@ class MQAR(Task):
         return 2
 
     def chance(self, length: int) -> float:
-        """A value of the context, picked blindly."""
-        return 1 / self.n_pairs
+        """A value of the context, picked blindly; with one pair, one value guessed always."""
+        return 1 / self.n_pairs if self.n_pairs > 1 else 2 / self.vocab_size
 
     @functools.cached_property
     def _bindings(self) -> int:
@@ -156,3 +157,51 @@ class MQAR(Task):
         answers = np.take_along_axis(value_of, tokens[:, context::2], axis=1)
         targets[:, context::2] = np.where(answers >= 0, answers, targets[:, context::2])
         return targets
+
+
+@register("mqar_stacked", "recall")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MQARStacked(MQAR):
+    """Associative recall with key and value in one position: no token has to be joined to its neighbour.
+
+    Definition: as `mqar`, but a position holds two tokens whose embeddings are concatenated: tokens are
+    [B,T,2]. The first n_pairs positions are (key, value); every key is asked once, as (key, 0), at a later
+    position drawn with probability proportional to place^(power-1) without replacement; the rest is (0, 0).
+    Tokens: 0 blank, keys 1 .. V/2-1, values V/2 .. V-1 for V = vocab_size. Classes: the same tokens.
+    Example: 3/9 5/12 ./. 5/. 3/. with V = 16 -> at 5 the answer is 12, at the second 3 it is 9.
+    Scored: the queries, n_pairs positions a sequence.
+    Source: Zoology's continuous MQAR ("key and value embeddings concatenated in one position"), here with
+    tokens. compat="zoology" gives its order leak: the i-th pair goes into the i-th place drawn.
+    filler="noise" puts random tokens into both halves of the other positions; they never equal a key of the
+    context (compat: they may).
+    Metric: accuracy at queries. Dials: n_pairs (load), power (lag), length, vocab_size.
+    Chance: 1/n_pairs, a value of the context picked blindly.
+    Splits: as `mqar`.
+    """
+
+    tokens_per_position: ClassVar[int] = 2
+
+    @property
+    def min_length(self) -> int:
+        """The pairs and one position for each query."""
+        return 2 * self.n_pairs
+
+    @property
+    def length_step(self) -> int:
+        """Any length."""
+        return 1
+
+    def space(self, length: int) -> int:
+        """Sets of pairs, times their orders, times the placements of the queries."""
+        return super().space(2 * length)
+
+    def _generate(self, rows: Rows, length: int) -> Draw:
+        flat, targets, content, _ = super()._generate(rows, 2 * length)
+        assert targets is not None
+        tokens, answers = flat.reshape(len(rows), length, 2), np.ascontiguousarray(targets[:, 0::2])
+        tokens[:, :, 1][answers >= 0] = 0
+        return Draw(tokens, answers, content)
+
+    def _solve(self, tokens: np.ndarray) -> np.ndarray:
+        flat = super()._solve(tokens.reshape(len(tokens), -1))
+        return np.ascontiguousarray(flat[:, 0::2])

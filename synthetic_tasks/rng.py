@@ -122,7 +122,7 @@ class Rows:
         if 4 * n > bound:
             return self.order(stream, bound)[:, :n]
         out = self.below(bound, stream, n)
-        if n == 1:
+        if n <= 1:
             return out
         if 64 * n < bound:
             return self._redraw_by_sorting(out, bound, stream)

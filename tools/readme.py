@@ -1,0 +1,63 @@
+"""Fill the generated parts of README.md, so that no number in it is typed by hand.
+
+    python tools/readme.py retnet            # the example architecture, from tests/arena/retnet.py
+    python tools/readme.py demo RESULTS_DIR  # the table and figure of a finished quickstart
+    python tools/readme.py bench             # runs the CPU benchmark (minutes; leave the machine alone)
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+
+
+def fill(section: str, text: str) -> None:
+    """Replace what stands between the markers of a section."""
+    begin, end = f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
+    old = README.read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1:
+        raise SystemExit(f"README.md should have the markers {begin} and {end} once each")
+    pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.DOTALL)
+    README.write_text(pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", old), encoding="utf-8")
+
+
+def retnet() -> str:
+    """The example architecture as a code block."""
+    return f"```python\n{(ROOT / 'tests/arena/retnet.py').read_text(encoding='utf-8').strip()}\n```"
+
+
+def demo(directory: Path) -> str:
+    """The overview table and the figure of a report."""
+    from arena.report.readme import overview_markdown
+
+    shutil.copyfile(directory / "report" / "accuracy.png", ROOT / "docs" / "quickstart.png")
+    return overview_markdown(directory) + "\n\n![Accuracy over sequence length](docs/quickstart.png)"
+
+
+def bench() -> str:
+    """The CPU benchmark's own Markdown."""
+    command = [sys.executable, "-m", "kernels.bench", "--markdown"]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def main(arguments: list[str]) -> None:
+    """Fill one section."""
+    match arguments:
+        case ["retnet"]:
+            fill("retnet", retnet())
+        case ["demo", directory]:
+            fill("demo", demo(Path(directory)))
+        case ["bench"]:
+            fill("bench", bench())
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -25,7 +25,9 @@ COMMANDS = [
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
 def test_python_blocks_run(code, tmp_path):
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -47,7 +49,11 @@ def test_commands_run(tmp_path):
             if "--arch" not in words:
                 words += ["--arch", "gdn,slstm", "--task", "parity", "--seeds", "1"]
         done = subprocess.run(
-            [sys.executable, "-m", "arena.cli", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", "from arena.cli import main; main()", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, f"{command}: {done.stdout[-1500:]}{done.stderr[-1500:]}"
 

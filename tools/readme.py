@@ -1,8 +1,8 @@
 """Fill the generated parts of README.md, so that no number in it is typed by hand.
 
-    python tools/readme.py retnet            # the example architecture, from tests/arena/retnet.py
-    python tools/readme.py demo RESULTS_DIR  # the table and figure of a finished quickstart
-    python tools/readme.py bench             # runs the CPU benchmark (minutes; leave the machine alone)
+python tools/readme.py retnet            # the example architecture, from tests/arena/retnet.py
+python tools/readme.py demo RESULTS_DIR  # the table and figure of a finished quickstart
+python tools/readme.py bench             # runs the CPU benchmark (minutes; leave the machine alone)
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+import polars as pl
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -34,10 +37,25 @@ def retnet() -> str:
 
 def demo(directory: Path) -> str:
     """The overview table and the figure of a report."""
-    from arena.report.readme import overview_markdown
-
+    table = pl.read_parquet(directory / "report" / "accuracy.parquet")
+    longest = table.group_by("task").agg(pl.col("eval_length").max())
+    cells = table.join(longest, on=["task", "eval_length"])
+    tasks = list(tomllib.loads((directory / "experiment.toml").read_text(encoding="utf-8"))["tasks"])
+    names = [entry["name"] for entry in tasks]
+    lengths = {task: length for task, length in longest.iter_rows()}
+    head = ["architecture", *(f"`{name}`, length {lengths[name]}" for name in names)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for arch in cells["arch"].unique(maintain_order=True).sort():
+        row = [f"`{arch}`"]
+        for name in names:
+            cell = cells.row(by_predicate=(pl.col("arch") == arch) & (pl.col("task") == name), named=True)
+            row.append(f"{cell['mean']:.2f} ({cell['min']:.2f} to {cell['max']:.2f})")
+        lines.append("| " + " | ".join(row) + " |")
+    runs = cells["runs"].max()
+    text = f"Accuracy at the longest test length, mean (lowest to highest) of {runs} runs; see the figure for the rest:"
     shutil.copyfile(directory / "report" / "accuracy.png", ROOT / "docs" / "quickstart.png")
-    return overview_markdown(directory) + "\n\n![Accuracy over sequence length](docs/quickstart.png)"
+    figure = "![Accuracy over sequence length](docs/quickstart.png)"
+    return "\n".join([text, "", *lines, "", figure])
 
 
 def bench() -> str:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from kernels.gated_memory import gated_memory, mlstm
 from kernels.short_conv import dynamic_short_conv, short_conv
+from kernels.slstm import slstm
 
-__all__ = ["dynamic_short_conv", "gated_memory", "mlstm", "short_conv"]
+__all__ = ["dynamic_short_conv", "gated_memory", "mlstm", "short_conv", "slstm"]

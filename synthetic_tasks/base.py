@@ -130,6 +130,17 @@ class Task:
         legal = f"{low} or more{more}" if step == 1 else f"{low}, {low + step}, {low + 2 * step}, ...{more}"
         raise ValueError(f"{self.name}: length {length!r} is not legal with these parameters; legal: {legal}")
 
+    def legal_length(self, wanted: int) -> int:
+        """The shortest legal length >= wanted, or the longest legal one where there is none."""
+        steps = -(-max(wanted - self.min_length, 0) // self.length_step)
+        length = self.min_length + steps * self.length_step
+        return length if self.max_length is None else min(length, self.max_length)
+
+    def answers_of_tokens(self) -> np.ndarray:
+        """The class that each token names, -1 where it names none (matched by name): int64 [vocab_size]."""
+        label_of = {self.class_name(label): label for label in range(self.n_classes)}
+        return np.array([label_of.get(self.token_name(token), -1) for token in range(self.vocab_size)])
+
     def sample(
         self, batch_size: int = 1, length: int = 64, seed: int = 0, index: int = 0, split: str = "train"
     ) -> Batch:

@@ -33,7 +33,8 @@ class Needle(Task):
     value tokens stand for its seven-digit numbers, sixteen for its UUIDs.
     Metric: accuracy, and whole-sequence accuracy. Dials: length (to 32k and beyond), depth_percent (where
     the first asked needle stands), n_keys (distractors), value_tokens.
-    Chance: 1/n_value_vocab, one value token guessed always.
+    Chance: a value token of the text picked blindly: 1/m + (1 - 1/m)/n_value_vocab for m value tokens in
+    the text.
     """
 
     haystack: str = "sentence"
@@ -116,8 +117,9 @@ class Needle(Task):
         return self.n_keys * self.values_per_key * self._needle_size + self.n_queries * self._query_size
 
     def chance(self, length: int) -> float:
-        """One value token guessed always."""
-        return 1 / self.n_value_vocab
+        """A value token of the text, picked blindly."""
+        m = self.n_keys * self._answer_size
+        return 1 / m + (1 - 1 / m) / self.n_value_vocab
 
     def space(self, length: int) -> int:
         """Values, and one key."""

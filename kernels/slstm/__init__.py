@@ -32,7 +32,7 @@ def slstm(
     Args:
         gates: [B,T,4,H,K], input pre-activations with biases, in the order i, f, z, o.
         recurrent: [4,H,K,K] for the same four gates. ``recurrent[gate, head, a, b]`` goes from channel a of h
-            to channel b of the gate: raw[.., gate, head, b] += sum_a h[.., head, a] recurrent[gate, head, a, b].
+            to channel b of the gate: raw[gate, head, b] += sum_a h[head, a] recurrent[gate, head, a, b].
         initial_state: (h, c, n, m), each [B,H,K], as returned; c and n stand for c exp(m) and n exp(m). Where
             n is 0 nothing has been seen and c and m are not looked at, so zeros are an empty state. None is
             the empty one: zeros, with m = -inf, so that m_1 = i_1.

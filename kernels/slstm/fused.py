@@ -38,22 +38,29 @@ def slstm_fused(
 ) -> tuple[Tensor, State]:
     """Shapes and equations of :func:`kernels.slstm`; ``compiled``: with the loops of ``numba_loops.py``."""
     B, T, _, H, K = gates.shape
-    if initial_state is None:
-        h, y, _, m = empty_state(gates, B, H, K)
-        log_n = m
-    else:
-        h, c, n, m = initial_state
-        seen = n != 0
-        safe = torch.where(seen, n, 1)
-        y = torch.where(seen, c / safe, 0)
-        m = torch.where(seen, m, -torch.inf)
-        log_n = m + safe.log()
     if T == 0:
         return gates.new_zeros(B, 0, H, K), initial_state or empty_state(gates, B, H, K)
-    out, y, log_n, m, _, _ = _SLSTM.apply(*(x[None] for x in (gates, recurrent, h, y, log_n, m)), compiled)
-    h_bthk, y, m = out[0], y[0], m[0]
-    n = torch.exp(log_n[0] - m)
-    return h_bthk, (h_bthk[:, -1], y * n, n, m)
+    inputs = (gates, recurrent, *enter(gates, B, H, K, initial_state))
+    out, y, log_n, m, _, _ = _SLSTM.apply(*(x[None] for x in inputs), compiled)
+    return out[0], leave(out[0, :, -1], y[0], log_n[0], m[0])
+
+
+def enter(like: Tensor, batch: int, heads: int, channels: int, initial_state: State | None) -> State:
+    """The state (h, c, n, m) as the loops carry it: (h, y, log_n, m); None is the empty one, of ``like``'s type."""
+    if initial_state is None:
+        h, y, _, m = empty_state(like, batch, heads, channels)
+        return h, y, m, m
+    h, c, n, m = initial_state
+    seen = n != 0
+    safe = torch.where(seen, n, 1)
+    m = torch.where(seen, m, -torch.inf)
+    return h, torch.where(seen, c / safe, 0), m + safe.log(), m
+
+
+def leave(h: Tensor, y: Tensor, log_n: Tensor, m: Tensor) -> State:
+    """Undo :func:`enter`."""
+    n = torch.exp(log_n - m)
+    return h, y * n, n, m
 
 
 def run_forward(

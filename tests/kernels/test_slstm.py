@@ -167,6 +167,30 @@ def test_numba_does_what_torch_does(scale):
         rand(3, 50, 4, 2, 5, scale=scale, dtype=torch.float32),
         rand(4, 2, 5, 5, dtype=torch.float32),
     )
+    state = tuple(s.detach().float().requires_grad_() for s in a_state(3, 2, 5))
+    for start in (None, state):
+        inputs = [gates, recurrent, *(start or ())]
+        results = []
+        for backend in ("numba", "fused"):
+            h, end = slstm(gates, recurrent, initial_state=start, backend=backend)
+            loss = h.square().sum() + sum(e.sum() for e in end)
+            results.append([h, *end, *torch.autograd.grad(loss, inputs)])
+        for a, b in zip(*results, strict=True):
+            assert (a - b).abs().max() <= 2e-4 * max(1, b.abs().max())
+    poisoned = gates.detach().clone()
+    poisoned[1, 7] = float("nan")
+    h, _ = slstm(poisoned, recurrent, backend="numba")
+    assert h[1, 7:].isnan().all()
+    assert not h[0].isnan().any() and not h[1, :7].isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("shared", ["nothing", "gates", "recurrent"])
+def test_vmap_equals_a_loop_over_replicas(backend, shared):
+    R, B, T, H, K = 3, 2, 6, 2, 3
+    gates = rand(B, T, 4, H, K) if shared == "gates" else rand(R, B, T, 4, H, K)
+    recurrent = rand(4, H, K, K) if shared == "recurrent" else rand(4, R, H, K, K)
+    states = [tuple((1 + r) * s for s in a_state(B, H, K)) for r in range(R)]
     state = tuple(torch.stack(s).detach().requires_grad_() for s in zip(*states, strict=True))
     dims = (None if shared == "gates" else 0, None if shared == "recurrent" else 1, 0)
 

@@ -1,4 +1,4 @@
-"""Check and time the Triton kernels of the gated memory on this machine's GPU: ``python -m kernels.gpu_check``.
+"""Check and time the gated memory's Triton kernels on this machine's GPU: ``python -m kernels.gpu_check``.
 
     check   outputs and every gradient against the float64 reference, over the gate space and its traps
             (in several processes: most of the time is compilation)
@@ -38,7 +38,7 @@ POINTS = {"gdn": (1, 1, 1), "kda": (2, 1, 1), "gdn2": (2, 2, 2)}
 def make_inputs(
     shape, kinds, *, seed=0, keys="random", decay="mild", initial=False, sign=False, dtype=torch.float32
 ):
-    """Fresh inputs for one case: q, k, v, log_decay, erase, write, initial state, sign (float64 of rounded values)."""
+    """Fresh (q, k, v, log_decay, erase, write, state) of a case, float64 of rounded values, and signs."""
     B, T, H, K, V = shape
     rng = torch.Generator(device="cuda").manual_seed(seed)
 
@@ -130,6 +130,7 @@ def cases_of() -> list[tuple]:
             cases.append(((2, 100, 2, 32, 32), kinds, torch.float32, {"decay": decay, "initial": True}))
         for keys in ("one", "two"):
             cases.append(((2, 512, 2, 32, 32), kinds, torch.float32, {"decay": "one", "keys": keys}))
+            cases.append(((2, 128, 2, 32, 32), kinds, torch.bfloat16, {"decay": "one", "keys": keys}))
     cases.append(((1, 100, 1, 256, 256), (2, 2, 2), torch.float32, {"initial": True}))
     cases.append(((2, 64, 2, 48, 33), (1, 0, 1), torch.float16, {}))
     return cases
@@ -143,7 +144,11 @@ def judge(case: tuple) -> dict:
         found = errors_of(shape, kinds, dtype, **options)
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-    return row | found | {"good": all(error < LIMIT[dtype] for error in found.values())}
+    limit = LIMIT[dtype]
+    if options.get("keys") and dtype == torch.float32:
+        # every token sees the same key, so the rounding of k^T k (to 2^-24) adds up with the same sign
+        limit = shape[1] * 2.0**-22
+    return row | found | {"good": all(error < limit for error in found.values())}
 
 
 def check(jobs: int) -> list[dict]:
@@ -169,7 +174,7 @@ def ours_of(leaves) -> Callable:
 
 
 def operators_of(point: str, leaves) -> dict[str, Callable]:
-    """Ours and, where it is installed, flash-linear-attention's operator for a named point of the gate space."""
+    """Ours and, where installed, flash-linear-attention's operator for a named point of the gate space."""
     q, k, v, log_decay, erase, write = leaves
     scale = k.shape[-1] ** -0.5
     found = {"ours": ours_of(leaves)}
@@ -181,7 +186,7 @@ def operators_of(point: str, leaves) -> dict[str, Callable]:
     except ImportError as error:
         print(f"flash-linear-attention cannot be imported ({error}): ours alone")
         return found
-    # its guard refuses the gated backward of GDN on Hopper with this Triton (wrong gate gradients): lifted to time it
+    # its guard refuses GDN's backward on Hopper with this Triton (wrong gate gradients): lifted, to time it
     chunk_o.IS_NVIDIA_HOPPER = False
     if point == "gdn":
         found["fla"] = lambda: chunk_gated_delta_rule(q, k, v, log_decay, erase, scale=scale)[0]
@@ -208,7 +213,7 @@ def leaves_of(shape, point: str, dtype=torch.bfloat16) -> list[Tensor]:
 
 
 def time_of(run: Callable, leaves, *, backward: bool) -> tuple[float, float]:
-    """Median milliseconds of a call as the user makes it, and as a CUDA graph replays it (NaN if it cannot)."""
+    """Median milliseconds of a call as the user makes it, and as a CUDA graph replays it (or NaN)."""
     unique = list({id(x): x for x in leaves}.values())
     upstream = torch.randn_like(run())
 
@@ -248,7 +253,7 @@ def bench(shapes) -> list[dict]:
     return rows
 
 
-def set_launch(chunk: int, tile: int, warps: int, fused: bool) -> None:
+def set_launch(chunk: int, tile: int, warps: int, stages: int, fused: bool) -> None:
     """Make every later launch of ours use these settings."""
     launch = ours.Launch(
         chunk=chunk,
@@ -256,6 +261,7 @@ def set_launch(chunk: int, tile: int, warps: int, fused: bool) -> None:
         scores_warps=0 if fused else warps,
         state_warps=warps,
         chunk_warps=warps,
+        stages=stages,
     )
     ours.launch_of = lambda *_: launch  # type: ignore[assignment]
 
@@ -305,7 +311,7 @@ def sweep(settings: Iterable[tuple], jobs: int) -> list[dict]:
                 name: round(x, 1) for name, x in kernel_times(ours_of(leaves_of(shape, point, dtype))).items()
             }
         rows.append(row)
-        print(*row.values() if failure else row.values(), flush=True)
+        print(*row.values(), flush=True)
     return rows
 
 
@@ -318,6 +324,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="*", default=[16, 32])
     parser.add_argument("--tiles", type=int, nargs="*", default=[32, 64])
     parser.add_argument("--warps", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--stages", type=int, nargs="*", default=[3])
     parser.add_argument("--fused", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--points", nargs="*")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
@@ -340,7 +347,14 @@ def main() -> None:
         types = [getattr(torch, name) for name in options.dtypes]
         points = options.points or list(POINTS)
         settings = itertools.product(
-            types, shapes, points, options.chunks, options.tiles, options.warps, map(bool, options.fused)
+            types,
+            shapes,
+            points,
+            options.chunks,
+            options.tiles,
+            options.warps,
+            options.stages,
+            map(bool, options.fused),
         )
         result["sweep"] = sweep(settings, options.jobs)
     if options.out:

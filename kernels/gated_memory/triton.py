@@ -1,7 +1,7 @@
 """The gated memory on a GPU: Triton kernels behind one autograd function, safe under ``torch.func.vmap``.
 
-Import this module only where Triton is installed. ``TRITON_INTERPRET=1``, set before Triton is imported, runs
-the same kernels on CPU tensors (slowly).
+Import this module only where Triton is installed. ``TRITON_INTERPRET=1``, set before Triton is imported,
+runs the same kernels on CPU tensors (slowly).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.gated_memory.triton_backward import chunk_backward_kernel, state_backward_kernel
 from kernels.gated_memory.triton_forward import forward_kernel, scores_kernel
+from kernels.gated_memory.triton_step import step_kernel
 
 __all__ = ["gated_memory_triton"]
 
@@ -36,7 +37,7 @@ def gated_memory_triton(
     """Run the gated memory (see :func:`kernels.gated_memory` for shapes and meaning) with the Triton kernels.
 
     The state, the sums of log decays and the triangular solve are fp32; for fp32 inputs so are the other
-    products, for 16-bit inputs those take tf32 operands. Deterministic. Any T; widths of keys and values to 256.
+    products, for 16-bit inputs those take tf32 operands. Deterministic. Any T; head dimensions to 256.
 
     Raises:
         ValueError: for float64 inputs (use ``backend="reference"``) or a head dimension above 256.
@@ -49,8 +50,13 @@ def gated_memory_triton(
         raise ValueError(
             f"the triton backend takes head dimensions up to {MAX_DIM}, not {k.shape[-1]}, {v.shape[-1]}"
         )
+    T = q.shape[1]
+    if T == 1 and not torch.is_grad_enabled() and not transforms_active():
+        gates = (None if x is None else x[:, 0] for x in (log_decay, erase, write, decay_sign))
+        o, state = step(q[:, 0], k[:, 0], v[:, 0], *gates, scale, initial_state)
+        return o[:, None], state
     sign = None
-    if decay_sign is not None and log_decay is not None and q.shape[1] > 0:
+    if decay_sign is not None and log_decay is not None and T > 0:
         # S_t = diag(sign_1 ... sign_t) S'_t, where S' decays by |decay|: the running sign moves into q, k, e
         sign = (1 - 2 * ((decay_sign < 0).cumsum(1) % 2)).to(q.dtype)
         sign = sign[..., None] if sign.dim() == 3 else sign
@@ -63,6 +69,39 @@ def gated_memory_triton(
     return o, state
 
 
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Tensor | None,
+    write: Tensor | None,
+    decay_sign: Tensor | None,
+    scale: float,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token without gradients: all shapes as above less the time axis; the given state is not changed."""
+    q, k, v, log_decay, erase, write, decay_sign, state = contiguous(
+        q, k, v, log_decay, erase, write, decay_sign, state
+    )
+    B, H, K = k.shape
+    V = v.shape[-1]
+    o = torch.empty_like(v)
+    following = torch.empty(B, H, K, V, dtype=torch.float32, device=v.device)
+    key_block = block_of(K)
+    value_block = min(block_of(V), max(16, 2048 // key_block))
+    kinds = [0 if x is None else x.dim() - 1 for x in (log_decay, erase, write, decay_sign)]
+    if B * H > 0:
+        with device_of(v):
+            step_kernel[(B * H, triton.cdiv(V, value_block))](
+                q, k, v, log_decay, erase, write, decay_sign, state, o, following, scale,
+                K=K, V=V, BK=key_block, BV=value_block,
+                DECAY=kinds[0], ERASE=kinds[1], WRITE=kinds[2], SIGN=kinds[3], HAS_STATE=state is not None,
+                num_warps=2,
+            )  # fmt: skip
+    return o, following
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """How the kernels are launched; chosen by :func:`launch_of`."""
@@ -72,17 +111,28 @@ class Launch:
     value_block: int
     """Value columns a program."""
     scores_warps: int
-    """Warps a program of the kernel that makes the scores of all chunks at once; 0: no such kernel, the forward
-    makes them on its way (one launch)."""
+    """Warps a program of the kernel that makes the scores of all chunks at once; 0: no such kernel, the
+    forward makes them on its way (one launch)."""
     state_warps: int
     """Warps a program of the two kernels that carry the state through the chunks."""
     chunk_warps: int
     """Warps a program of the backward over all chunks at once."""
+    stages: int
+    """Chunks whose loads are under way at once; each takes its share of shared memory."""
 
 
-def launch_of(B: int, T: int, H: int, K: int, V: int) -> Launch:
-    """The settings for a shape, from measurements (experiments/benchmarks)."""
-    return Launch(chunk=32, value_block=32, scores_warps=2, state_warps=2, chunk_warps=4)
+def launch_of(B: int, H: int, K: int, V: int) -> Launch:
+    """The settings for a shape, by measurement (``python -m kernels.gpu_check sweep``)."""
+    width = max(block_of(K), block_of(V))
+    many = B * H >= 1024
+    if width <= 32:
+        warps = 1 if many else 2
+        return Launch(chunk=16, value_block=32, scores_warps=1, state_warps=warps, chunk_warps=2, stages=3)
+    if width <= 64:
+        return Launch(chunk=16, value_block=64, scores_warps=1, state_warps=4, chunk_warps=4, stages=3)
+    if width <= 128:
+        return Launch(chunk=32, value_block=32, scores_warps=4, state_warps=4, chunk_warps=8, stages=2)
+    return Launch(chunk=16, value_block=32, scores_warps=4, state_warps=8, chunk_warps=8, stages=1)
 
 
 def block_of(width: int) -> int:
@@ -93,7 +143,7 @@ def block_of(width: int) -> int:
 class GatedMemory(torch.autograd.Function):
     """The inputs, the scale and whether to keep chunk states -> o, final state, and what the backward needs.
 
-    That is the states that enter the chunks, the scores and the inverses of the chunks (empty where not kept).
+    That is the states that enter the chunks, and the chunks' scores and inverses (empty where not kept).
     """
 
     @staticmethod
@@ -102,35 +152,36 @@ class GatedMemory(torch.autograd.Function):
         q, k, v, log_decay, erase, write, initial = contiguous(q, k, v, log_decay, erase, write, initial)
         B, T, H, K = k.shape
         V = v.shape[-1]
-        launch = launch_of(B, T, H, K, V)
+        launch = launch_of(B, H, K, V)
         n_chunks = triton.cdiv(T, launch.chunk)
         fused = launch.scores_warps == 0
 
-        def room(wanted: bool, *size: int) -> Tensor:
-            return torch.empty(B, H if wanted else 0, *size, dtype=torch.float32, device=v.device)
-
         o = torch.empty_like(v)
-        final = room(True, K, V)
-        states = room(keep, n_chunks, K, V)
-        scores = room(keep or not fused, n_chunks, launch.chunk, launch.chunk)
-        inverses = room(erase is not None and (keep or not fused), n_chunks, launch.chunk, launch.chunk)
+        final = torch.empty(B, H, K, V, dtype=torch.float32, device=v.device)
+        # the copies are operands of products alone, so they may take the products' type
+        narrow = torch.bfloat16 if k.dtype == v.dtype == torch.bfloat16 else torch.float32
+        states = torch.empty(B, H, n_chunks if keep else 0, K, V, dtype=narrow, device=v.device)
+        squares = torch.empty(
+            B, H, n_chunks if keep or not fused else 0, 1 if erase is None else 2, launch.chunk, launch.chunk,
+            dtype=torch.float32, device=v.device,
+        )  # fmt: skip
         common = constants(k, v, log_decay, erase, launch)
         key_block, value_block = block_of(K), min(launch.value_block, block_of(V))
         if B * H > 0:
             with device_of(v):
                 if not fused and n_chunks > 0:
                     scores_kernel[(B * H * n_chunks,)](
-                        q, k, log_decay, erase, scores, inverses, scale, T, H,
+                        q, k, log_decay, erase, squares, scale, T, H,
                         K=K, BK=key_block, LEVELS=launch.chunk.bit_length() - 1,
                         num_warps=launch.scores_warps, **common,
                     )  # fmt: skip
                 forward_kernel[(B * H, triton.cdiv(V, value_block))](
-                    q, k, v, log_decay, erase, write, initial, scores, inverses, o, final, states, scale, T, H,
+                    q, k, v, log_decay, erase, write, initial, squares, o, final, states, scale, T, H,
                     K=K, V=V, BK=key_block, BV=value_block, LEVELS=launch.chunk.bit_length() - 1,
                     WRITE=kind_of(write), HAS_INITIAL=initial is not None, STORE=keep, FUSED=fused,
                     num_warps=launch.state_warps, **common,
                 )  # fmt: skip
-        return o, final, states, scores, inverses
+        return o, final, states, squares
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -143,7 +194,10 @@ class GatedMemory(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, d_final, *_):
         """Hand over to the backward's own function, which has a batching rule of its own."""
-        return (*GatedMemoryBackward.apply(*ctx.saved_tensors, do, d_final, ctx.scale), None, None)
+        # its rule matters only under a transform; apply() costs more than a small launch
+        plain = not torch.is_grad_enabled() and not transforms_active()
+        run = GatedMemoryBackward.forward if plain else GatedMemoryBackward.apply
+        return (*run(*ctx.saved_tensors, do, d_final, ctx.scale), None, None)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -153,10 +207,10 @@ class GatedMemory(torch.autograd.Function):
 
 
 class GatedMemoryBackward(torch.autograd.Function):
-    """The inputs of :class:`GatedMemory`, what it kept and the gradients of its outputs -> its inputs' gradients."""
+    """The inputs of :class:`GatedMemory`, what it kept, its outputs' gradients -> its inputs' gradients."""
 
     @staticmethod
-    def forward(q, k, v, log_decay, erase, write, initial, states, scores, inverses, do, d_final, scale):
+    def forward(q, k, v, log_decay, erase, write, initial, states, squares, do, d_final, scale):
         """Launch the backward kernels."""
         do = torch.zeros_like(v) if do is None else do
         q, k, v, log_decay, erase, write, do, d_final = contiguous(
@@ -164,7 +218,7 @@ class GatedMemoryBackward(torch.autograd.Function):
         )
         B, T, H, K = k.shape
         V = v.shape[-1]
-        launch = launch_of(B, T, H, K, V)
+        launch = launch_of(B, H, K, V)
         n_chunks = triton.cdiv(T, launch.chunk)
         dq, dk, dv, d_log_decay, d_erase, d_write = (
             None if x is None else torch.empty_like(x) for x in (q, k, v, log_decay, erase, write)
@@ -178,14 +232,14 @@ class GatedMemoryBackward(torch.autograd.Function):
         if B * H > 0:
             with device_of(v):
                 state_backward_kernel[(B * H, triton.cdiv(V, value_block))](
-                    q, k, log_decay, erase, scores, inverses, do, d_final, d_states, d_initial, scale, T, H,
+                    q, k, log_decay, erase, squares, do, d_final, d_states, d_initial, scale, T, H,
                     K=K, V=V, BK=key_block, BV=value_block,
                     HAS_FINAL=d_final is not None, HAS_INITIAL=initial is not None,
                     num_warps=launch.state_warps, **common,
                 )  # fmt: skip
                 if n_chunks > 0:
                     chunk_backward_kernel[(B * H * n_chunks,)](
-                        q, k, v, log_decay, erase, write, scores, inverses, states, d_states, do,
+                        q, k, v, log_decay, erase, write, squares, states, d_states, do,
                         dq, dk, dv, d_log_decay, d_erase, d_write, scale, T, H,
                         K=K, V=V, BK=key_block, BV=value_block, LEVELS=launch.chunk.bit_length() - 1,
                         WRITE=kind_of(write), num_warps=launch.chunk_warps, **common,
@@ -220,7 +274,13 @@ def constants(k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | No
         "RAGGED": k.shape[1] % launch.chunk != 0,
         "PRECISION": exact if full or exact == "ieee" else "tf32",
         "EXACT": exact,
+        "num_stages": launch.stages,
     }
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform (vmap, grad) is running."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def kind_of(gate: Tensor | None) -> int:
@@ -235,7 +295,8 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def device_of(x: Tensor):
     """Make the tensor's GPU the current one for a launch."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
 def fold(x, dim: int | None, replicas: int):

@@ -1,8 +1,8 @@
 """The gated memory backward: the state's gradient through the chunks in reverse, then all chunks in parallel.
 
-No atomics: a program of the second kernel owns a chunk and goes through the value columns in a fixed order. The
-gradient of the log decay adds each pair (r, s) to the gates between s and r through the same 0/1 sums as the
-forward: no difference of large sums, and an exact 0 where a gate erases all.
+No atomics: a program of the second kernel owns a chunk and goes through the value columns in a fixed order.
+The gradient of the log decay adds each pair (r, s) to the gates between s and r through the same 0/1 sums as
+the forward: no difference of large sums, and an exact 0 where a gate erases all.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ def state_backward_kernel(
     k_ptr,  # [B, T, H, K]
     log_decay_ptr,  # [B, T, H] or [B, T, H, K]
     erase_ptr,  # [B, T, H] or [B, T, H, K]
-    scores_ptr,  # [B, H, chunks, C, C]
-    inverse_ptr,  # [B, H, chunks, C, C]
+    squares_ptr,  # [B, H, chunks, 1 or 2, C, C] fp32: A, and X where there is an erase gate
     do_ptr,  # [B, T, H, V]
     d_final_ptr,  # [B, H, K, V]
-    d_states_ptr,  # [B, H, chunks, K, V] fp32, the gradient of the state that leaves each chunk
+    d_states_ptr,  # [B, H, chunks, K, V], the gradient of the state that leaves each chunk
     d_initial_ptr,  # [B, H, K, V] fp32
     scale,
     T,
@@ -56,7 +55,7 @@ def state_backward_kernel(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """dR = X^T (A^T dO + Kbar dS), dS <- D dS + Qbar^T dO - Ebar^T dR from the last chunk to the first."""
+    """From the last chunk to the first: dR = X^T (A^T dO + Kbar dS), dS <- D dS + Qbar^T dO - Ebar^T dR."""
     n = tl.program_id(0).to(tl.int64)
     first = (n // H) * T * H + n % H
     kk = tl.arange(0, BK)
@@ -68,11 +67,12 @@ def state_backward_kernel(
         d_state = tl.load(d_final_ptr + n * K * V + cell, mask=inside, other=0.0).to(tl.float32)
     else:
         d_state = tl.zeros((BK, BV), tl.float32)
+    SQUARES: tl.constexpr = 1 if ERASE == 0 else 2
     n_chunks = tl.cdiv(T, C)
     for step in range(0, n_chunks):
         chunk = n_chunks - 1 - step
         at = n * n_chunks + chunk
-        tl.store(d_states_ptr + at * K * V + cell, d_state, mask=inside)
+        tl.store(d_states_ptr + at * K * V + cell, d_state.to(d_states_ptr.dtype.element_ty), mask=inside)
         rows = chunk * C + tl.arange(0, C)
         q, k, erase, log_decay = load_keys(
             q_ptr, k_ptr, log_decay_ptr, erase_ptr, first, rows, T, H, scale,
@@ -86,8 +86,10 @@ def state_backward_kernel(
             e *= before
             k *= after
         if ERASE != 0:
-            dz = dot(tl.trans(load_square(scores_ptr, at, C)), do, PRECISION) + dot(k, d_state, PRECISION)
-            dz = dot(tl.trans(load_square(inverse_ptr, at, C)), dz, PRECISION)
+            dz = dot(tl.trans(load_square(squares_ptr, at * SQUARES, C)), do, PRECISION) + dot(
+                k, d_state, PRECISION
+            )
+            dz = dot(tl.trans(load_square(squares_ptr, at * SQUARES + 1, C)), dz, PRECISION)
         if DECAY != 0:
             d_state *= whole
         d_state += dot(tl.trans(q), do, PRECISION)
@@ -116,7 +118,7 @@ def scores_backward(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Add to the gradients of q, k, e and the log decay ([C, K], or [C, 1] for a scalar) from those of A and T."""
+    """Add to the gradients of q, k, e and the log decay ([C, 1] for a scalar) what comes through A and T."""
     r = tl.arange(0, C)[:, None]
     s = tl.arange(0, C)[None, :]
     if DECAY == 2:
@@ -171,10 +173,9 @@ def chunk_backward_kernel(
     log_decay_ptr,  # [B, T, H] or [B, T, H, K]
     erase_ptr,  # [B, T, H] or [B, T, H, K]
     write_ptr,  # [B, T, H] or [B, T, H, V]
-    scores_ptr,  # [B, H, chunks, C, C]
-    inverse_ptr,  # [B, H, chunks, C, C]
-    states_ptr,  # [B, H, chunks, K, V] fp32
-    d_states_ptr,  # [B, H, chunks, K, V] fp32
+    squares_ptr,  # [B, H, chunks, 1 or 2, C, C] fp32: A, and X where there is an erase gate
+    states_ptr,  # [B, H, chunks, K, V]
+    d_states_ptr,  # [B, H, chunks, K, V]
     do_ptr,  # [B, T, H, V]
     dq_ptr,  # the gradients are shaped like their tensors
     dk_ptr,
@@ -198,7 +199,8 @@ def chunk_backward_kernel(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """The gradients of one chunk a program, from the state that enters it and the gradient of the one that leaves."""
+    """One chunk a program, from the state that enters it and the gradient of the one that leaves it."""
+    SQUARES: tl.constexpr = 1 if ERASE == 0 else 2
     n_chunks = tl.cdiv(T, C)
     n = (tl.program_id(0) // n_chunks).to(tl.int64)
     chunk = tl.program_id(0) % n_chunks
@@ -220,9 +222,9 @@ def chunk_backward_kernel(
         q_in *= before
         e_in *= before
         k_out *= after
-    scores = tl.trans(load_square(scores_ptr, at, C))
+    scores = tl.trans(load_square(squares_ptr, at * SQUARES, C))
     if ERASE != 0:
-        x = load_square(inverse_ptr, at, C)
+        x = load_square(squares_ptr, at * SQUARES + 1, C)
     d_scores = tl.zeros((C, C), tl.float32)
     d_t = tl.zeros((C, C), tl.float32)
     dq = tl.zeros((C, BK), tl.float32)
@@ -234,8 +236,8 @@ def chunk_backward_kernel(
         vv = tile * BV + tl.arange(0, BV)
         cell = at * K * V + kk[:, None] * V + vv[None, :]
         inside = (kk[:, None] < K) & (vv[None, :] < V)
-        state = tl.load(states_ptr + cell, mask=inside, other=0.0)
-        d_state = tl.load(d_states_ptr + cell, mask=inside, other=0.0)
+        state = tl.load(states_ptr + cell, mask=inside, other=0.0).to(tl.float32)
+        d_state = tl.load(d_states_ptr + cell, mask=inside, other=0.0).to(tl.float32)
         v = load_rows(v_ptr + first * V, rows, T, H * V, V, vv, RAGGED_V)
         do = load_rows(do_ptr + first * V, rows, T, H * V, V, vv, RAGGED_V)
         z = v

@@ -27,8 +27,7 @@ def scores_kernel(
     k_ptr,  # [B, T, H, K]
     log_decay_ptr,  # [B, T, H] or [B, T, H, K]
     erase_ptr,  # [B, T, H] or [B, T, H, K]
-    scores_ptr,  # [B, H, chunks, C, C]
-    inverse_ptr,  # [B, H, chunks, C, C]
+    squares_ptr,  # [B, H, chunks, 1 or 2, C, C] fp32: A, and X where there is an erase gate
     scale,
     T,
     H,
@@ -43,6 +42,7 @@ def scores_kernel(
     EXACT: tl.constexpr,
 ):
     """A and X = (I + T)^-1 of one chunk a program."""
+    SQUARES: tl.constexpr = 1 if ERASE == 0 else 2
     n_chunks = tl.cdiv(T, C)
     n = (tl.program_id(0) // n_chunks).to(tl.int64)
     chunk = tl.program_id(0) % n_chunks
@@ -53,9 +53,9 @@ def scores_kernel(
         K, tl.arange(0, BK), DECAY, ERASE, RAGGED or (K != BK),
     )  # fmt: skip
     scores, x = chunk_scores(q, k, k * erase, log_decay, C, LEVELS, DECAY, ERASE, PRECISION, EXACT)
-    store_square(scores_ptr, scores, n * n_chunks + chunk, C)
+    store_square(squares_ptr, scores, (n * n_chunks + chunk) * SQUARES, C)
     if ERASE != 0:
-        store_square(inverse_ptr, x, n * n_chunks + chunk, C)
+        store_square(squares_ptr, x, (n * n_chunks + chunk) * SQUARES + 1, C)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -67,11 +67,10 @@ def forward_kernel(
     erase_ptr,  # [B, T, H] or [B, T, H, K]
     write_ptr,  # [B, T, H] or [B, T, H, V]
     initial_ptr,  # [B, H, K, V]
-    scores_ptr,  # [B, H, chunks, C, C]
-    inverse_ptr,  # [B, H, chunks, C, C]
+    squares_ptr,  # [B, H, chunks, 1 or 2, C, C] fp32: A, and X where there is an erase gate
     o_ptr,  # [B, T, H, V]
     final_ptr,  # [B, H, K, V] fp32
-    states_ptr,  # [B, H, chunks, K, V] fp32, the state that enters each chunk
+    states_ptr,  # [B, H, chunks, K, V], the state that enters each chunk
     scale,
     T,
     H,
@@ -91,10 +90,10 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """o and the last state: R = X (Z - Ebar S), O = Qbar S + A R, S <- D S + Kbar^T R chunk by chunk.
+    """Outputs and the last state: R = X (Z - Ebar S), O = Qbar S + A R, S <- D S + Kbar^T R chunk by chunk.
 
-    One program a (batch, head, tile of value columns). ``STORE`` keeps what the backward needs: the chunk states
-    and, where ``FUSED``, the scores.
+    One program a (batch, head, tile of value columns). ``STORE`` keeps what the backward needs: the chunk
+    states and, where ``FUSED``, the scores.
     """
     n = tl.program_id(0).to(tl.int64)
     first = (n // H) * T * H + n % H
@@ -107,11 +106,12 @@ def forward_kernel(
         state = tl.load(initial_ptr + n * K * V + cell, mask=inside, other=0.0).to(tl.float32)
     else:
         state = tl.zeros((BK, BV), tl.float32)
+    SQUARES: tl.constexpr = 1 if ERASE == 0 else 2
     n_chunks = tl.cdiv(T, C)
     for chunk in range(0, n_chunks):
         at = n * n_chunks + chunk
         if STORE:
-            tl.store(states_ptr + at * K * V + cell, state, mask=inside)
+            tl.store(states_ptr + at * K * V + cell, state.to(states_ptr.dtype.element_ty), mask=inside)
         rows = chunk * C + tl.arange(0, C)
         q, k, erase, log_decay = load_keys(
             q_ptr, k_ptr, log_decay_ptr, erase_ptr, first, rows, T, H, scale,
@@ -126,13 +126,13 @@ def forward_kernel(
         if FUSED:
             scores, x = chunk_scores(q, k, e, log_decay, C, LEVELS, DECAY, ERASE, PRECISION, EXACT)
             if STORE:
-                store_square(scores_ptr, scores, at, C)
+                store_square(squares_ptr, scores, at * SQUARES, C)
                 if ERASE != 0:
-                    store_square(inverse_ptr, x, at, C)
+                    store_square(squares_ptr, x, at * SQUARES + 1, C)
         else:
-            scores = load_square(scores_ptr, at, C)
+            scores = load_square(squares_ptr, at * SQUARES, C)
             if ERASE != 0:
-                x = load_square(inverse_ptr, at, C)
+                x = load_square(squares_ptr, at * SQUARES + 1, C)
 
         if DECAY != 0:
             before, after, whole = chunk_decay(log_decay, C, DECAY, EXACT)

@@ -12,8 +12,8 @@ the exponential of a sum of log decays (<= 0) that is summed afresh, so nothing 
 difference of large sums, and no later gate enters. The same recursion gives X = (I + T)^-1 by substitution
 of blocks: X <- X - X T_m X, exact at every level.
 
-Gate kinds are compile-time numbers: 0 absent, 1 one scalar a token, 2 one value a channel. The levels run in a
-loop and not unrolled: unrolled, their masks are kept in registers all through the sequence, and all spills.
+Gate kinds are compile-time numbers: 0 absent, 1 one scalar a token, 2 one value a channel. The levels run in
+a loop and not unrolled: unrolled, their masks are kept in registers all through the sequence, and all spills.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def halves(x):
 def dot(a, b, PRECISION: tl.constexpr):
     """Matrix product with fp32 accumulation.
 
-    ``split`` takes three tf32 products of halves (good to about 2^-23); ``bf16`` rounds the operands; ``tf32``
-    and ``ieee`` are Triton's.
+    ``split`` takes three tf32 products of halves (good to about 2^-23); ``bf16`` rounds the operands;
+    ``tf32`` and ``ieee`` are Triton's.
     """
     if PRECISION == "split":
         a_high, a_low = halves(a)
@@ -102,7 +102,7 @@ def load_gate(
 def store_gate(
     pointer, tile, rows, n_rows, heads, WIDTH: tl.constexpr, columns, KIND: tl.constexpr, RAGGED: tl.constexpr
 ):
-    """Store the gradient of a gate from its [C, block] tile; a scalar gate takes the sum over the channels."""
+    """Store the gradient of a gate from its [C, block] tile; a scalar gate takes the sum over channels."""
     if KIND == 2:
         store_rows(pointer, tile, rows, n_rows, heads * WIDTH, WIDTH, columns, RAGGED)
     else:
@@ -145,7 +145,7 @@ def load_keys(
 
 @triton.jit
 def load_square(pointer, index, C: tl.constexpr):
-    """Load the [C, C] matrix number ``index``."""
+    """Load the [C, C] matrix number ``index`` of an array of them."""
     r = tl.arange(0, C)[:, None]
     s = tl.arange(0, C)[None, :]
     return tl.load(pointer + index * (C * C) + r * C + s)

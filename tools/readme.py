@@ -52,7 +52,7 @@ def demo(directory: Path) -> str:
             row.append(f"{cell['mean']:.2f} ({cell['min']:.2f} to {cell['max']:.2f})")
         lines.append("| " + " | ".join(row) + " |")
     runs = cells["runs"].max()
-    text = f"Accuracy at the longest test length, mean (lowest to highest) of {runs} runs; see the figure for the rest:"
+    text = f"Accuracy at the longest test length, mean (lowest to highest) of {runs} runs:"
     shutil.copyfile(directory / "report" / "accuracy.png", ROOT / "docs" / "quickstart.png")
     figure = "![Accuracy over sequence length](docs/quickstart.png)"
     return "\n".join([text, "", *lines, "", figure])

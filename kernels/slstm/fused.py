@@ -46,7 +46,7 @@ def slstm_fused(
 
 
 def enter(like: Tensor, batch: int, heads: int, channels: int, initial_state: State | None) -> State:
-    """The state (h, c, n, m) as the loops carry it: (h, y, log_n, m); None is the empty one, of ``like``'s type."""
+    """The state (h, c, n, m) as the loops carry it: (h, y, log_n, m). None: the empty one, like ``like``."""
     if initial_state is None:
         h, y, _, m = empty_state(like, batch, heads, channels)
         return h, y, m, m

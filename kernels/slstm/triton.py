@@ -29,7 +29,7 @@ def slstm_triton(gates: Tensor, recurrent: Tensor, initial_state: State | None) 
     """Shapes and equations of :func:`kernels.slstm`, with the Triton kernels; the initial state in fp32.
 
     State, gates and their sums are fp32. The products with R are fp32 for fp32 gates, else take tf32 operands
-    (bf16 for bf16 gates of more than 64 channels, whose R stays on chip only so). Deterministic.
+    (heads of more than 64 channels: operands of the gates' type, so that R stays on chip). Deterministic.
 
     Raises:
         ValueError: If gates are fp64 (use ``backend="reference"``) or a head has more than 128 channels.
@@ -58,7 +58,7 @@ class Launch:
     resident: bool
     """R stays on chip for the whole sequence."""
     precision: str
-    """Operands of the products with R: split, tf32, bf16 or ieee."""
+    """Operands of the products with R; see ``triton_kernels.py``."""
 
 
 def launch_of(gates: Tensor) -> Launch:
@@ -69,11 +69,9 @@ def launch_of(gates: Tensor) -> Launch:
     elif gates.dtype == torch.float32:
         precision = "split"
     else:
-        precision = "bf16" if gates.dtype == torch.bfloat16 and K > 64 else "tf32"
+        precision = "half" if K > 64 else "tf32"
     warps = {16: 1, 32: 4, 64: 8}.get(block_of(K), 16)
-    return Launch(
-        batch_block=16, warps=warps, resident=K <= 64 or precision == "bf16", precision=precision
-    )
+    return Launch(batch_block=16, warps=warps, resident=K <= 64 or precision == "half", precision=precision)
 
 
 def block_of(width: int) -> int:
@@ -82,7 +80,7 @@ def block_of(width: int) -> int:
 
 
 class SLSTM(torch.autograd.Function):
-    """Gates [G,B,T,4,H,K], recurrent [G,4,H,K,K], state [G,B,H,K] x 4 -> outputs, state, what the backward needs."""
+    """Gates [G,B,T,4,H,K], recurrent [G,4,H,K,K], state 4 x [G,B,H,K] -> outputs, state, what was kept."""
 
     @staticmethod
     def forward(
@@ -173,7 +171,7 @@ class SLSTMGradient(torch.autograd.Function):
 
 
 def weight_gradient(h: Tensor, out: Tensor, d_gates: Tensor) -> Tensor:
-    """dR = sum_t h_{t-1} x d_gates_t [G,4,H,K,K] in fp32, one product of matrices a head."""
+    """The gradient of R, sum_t h_{t-1} x d_gates_t [G,4,H,K,K] in fp32: one product of matrices a head."""
     G, B, T, H, K = out.shape
     before = torch.empty(G, H, B, T, K, dtype=torch.float32, device=out.device)
     before[:, :, :, 0] = h.transpose(1, 2)

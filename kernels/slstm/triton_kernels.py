@@ -1,8 +1,11 @@
 """The token loops of the sLSTM as Triton kernels: a whole sequence in one launch forward, one backward.
 
-Equations and adjoint are those of ``fused.py`` (mean y = c / n and log-normaliser L instead of c, n, m). A program
-owns one head of one replica and a tile of the batch; its state stays on chip for all tokens, and so does its part
-of R where it fits (``RESIDENT``; else R comes from the L2 cache anew for every token).
+Equations and adjoint are those of ``fused.py`` (mean y = c / n and log-normaliser L instead of c, n, m). A
+program owns one head of one replica and a tile of the batch. Its state stays on chip for all tokens, and so
+does its part of R where it fits (``RESIDENT``; else R comes from the L2 cache for every token, in pieces).
+
+Products (``PRECISION``): ``split`` is three tf32 products of halves, good to about 2^-23; ``half`` rounds its
+operands to the type of the gates; ``tf32`` and ``ieee`` are Triton's.
 
 Axes: G replicas, B batch, T tokens, H heads, K channels. Tiles: BB rows of the batch, BK >= K channels.
 Gates and their gradients are ordered i, f, z, o.
@@ -14,6 +17,8 @@ import triton
 import triton.language as tl
 
 from kernels.gated_memory.triton_tiles import halves
+
+PIECE = tl.constexpr(16)  # rows of R at a time where it is not resident
 
 
 @triton.jit
@@ -45,12 +50,12 @@ def log_of_one_plus(x):
 
 
 @triton.jit
-def operand(x, PRECISION: tl.constexpr):
+def operand(x, HALF: tl.constexpr, PRECISION: tl.constexpr):
     """A factor of a matrix product, prepared: (what is multiplied, what rounding took from it)."""
     if PRECISION == "split":
         high, low = halves(x)
-    elif PRECISION == "bf16":
-        high = x.to(tl.bfloat16)
+    elif PRECISION == "half":
+        high = x.to(HALF)
         low = high
     else:
         high = x
@@ -60,12 +65,12 @@ def operand(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(a, a_low, b, b_low, PRECISION: tl.constexpr):
-    """Matrix product of two prepared factors; ``split`` is good to about 2^-23."""
+    """Matrix product of two prepared factors."""
     if PRECISION == "split":
         c = tl.dot(a_low, b, input_precision="tf32")
         c = tl.dot(a, b_low, c, input_precision="tf32")
         c = tl.dot(a, b, c, input_precision="tf32")
-    elif PRECISION == "bf16":
+    elif PRECISION == "half":
         c = tl.dot(a, b)
     else:
         c = tl.dot(a, b, input_precision=PRECISION)
@@ -73,9 +78,9 @@ def product(a, a_low, b, b_low, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_weight(pointer, where, inside, PRECISION: tl.constexpr):
+def load_weight(pointer, where, inside, HALF: tl.constexpr, PRECISION: tl.constexpr):
     """One gate's part of R, prepared as a factor."""
-    return operand(tl.load(pointer + where, mask=inside, other=0.0).to(tl.float32), PRECISION)
+    return operand(tl.load(pointer + where, mask=inside, other=0.0).to(tl.float32), HALF, PRECISION)
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -104,6 +109,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Outputs, the last state and what the backward needs."""
+    HALF: tl.constexpr = gates_ptr.dtype.element_ty
     g = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
     b = tl.program_id(1) * BB + tl.arange(0, BB)
@@ -118,10 +124,10 @@ def forward_kernel(
     in_square = (kk[:, None] < K) & (kk[None, :] < K)
     weight = recurrent_ptr + (g * 4 * H + head) * K * K
     if RESIDENT:
-        wi, wi_low = load_weight(weight, square, in_square, PRECISION)
-        wf, wf_low = load_weight(weight + H * K * K, square, in_square, PRECISION)
-        wz, wz_low = load_weight(weight + 2 * H * K * K, square, in_square, PRECISION)
-        wo, wo_low = load_weight(weight + 3 * H * K * K, square, in_square, PRECISION)
+        wi, wi_low = load_weight(weight, square, in_square, HALF, PRECISION)
+        wf, wf_low = load_weight(weight + H * K * K, square, in_square, HALF, PRECISION)
+        wz, wz_low = load_weight(weight + 2 * H * K * K, square, in_square, HALF, PRECISION)
+        wo, wo_low = load_weight(weight + 3 * H * K * K, square, in_square, HALF, PRECISION)
 
     h = tl.load(h_ptr + cell, mask=inside, other=0.0)
     y = tl.load(y_ptr + cell, mask=inside, other=0.0)
@@ -134,21 +140,31 @@ def forward_kernel(
     z = tl.load(gate + 2 * H * K, mask=inside, other=0.0).to(tl.float32)
     o = tl.load(gate + 3 * H * K, mask=inside, other=0.0).to(tl.float32)
     for t in range(0, T):
-        x, x_low = operand(h, PRECISION)
         if RESIDENT:
+            x, x_low = operand(h, HALF, PRECISION)
             i += product(x, x_low, wi, wi_low, PRECISION)
             f += product(x, x_low, wf, wf_low, PRECISION)
             z += product(x, x_low, wz, wz_low, PRECISION)
             o += product(x, x_low, wo, wo_low, PRECISION)
         else:
-            w, w_low = load_weight(weight, square, in_square, PRECISION)
-            i += product(x, x_low, w, w_low, PRECISION)
-            w, w_low = load_weight(weight + H * K * K, square, in_square, PRECISION)
-            f += product(x, x_low, w, w_low, PRECISION)
-            w, w_low = load_weight(weight + 2 * H * K * K, square, in_square, PRECISION)
-            z += product(x, x_low, w, w_low, PRECISION)
-            w, w_low = load_weight(weight + 3 * H * K * K, square, in_square, PRECISION)
-            o += product(x, x_low, w, w_low, PRECISION)
+            tl.store(h_end_ptr + cell, h, mask=inside)  # on its way to the product h goes through memory
+            tl.debug_barrier()
+            for start in range(0, K, PIECE):
+                cc = start + tl.arange(0, PIECE)
+                here = (b < B)[:, None] & (cc < K)[None, :]
+                h_piece = h_end_ptr + row[:, None] * (H * K) + head * K + cc[None, :]
+                x, x_low = operand(tl.load(h_piece, mask=here, other=0.0), HALF, PRECISION)
+                square = cc[:, None] * K + kk[None, :]
+                in_square = (cc < K)[:, None] & (kk < K)[None, :]
+                w, w_low = load_weight(weight, square, in_square, HALF, PRECISION)
+                i += product(x, x_low, w, w_low, PRECISION)
+                w, w_low = load_weight(weight + H * K * K, square, in_square, HALF, PRECISION)
+                f += product(x, x_low, w, w_low, PRECISION)
+                w, w_low = load_weight(weight + 2 * H * K * K, square, in_square, HALF, PRECISION)
+                z += product(x, x_low, w, w_low, PRECISION)
+                w, w_low = load_weight(weight + 3 * H * K * K, square, in_square, HALF, PRECISION)
+                o += product(x, x_low, w, w_low, PRECISION)
+            tl.debug_barrier()
         gate += 4 * H * K
         ahead = inside & (t + 1 + 0 * b < T)[:, None]
         next_i = tl.load(gate, mask=ahead, other=0.0).to(tl.float32)
@@ -219,6 +235,7 @@ def backward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Gradients of the gates and of the first state; that of R is a product of matrices afterwards."""
+    HALF: tl.constexpr = d_gates_ptr.dtype.element_ty
     g = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
     b = tl.program_id(1) * BB + tl.arange(0, BB)
@@ -234,10 +251,10 @@ def backward_kernel(
     in_square = (kk[:, None] < K) & (kk[None, :] < K)
     weight = recurrent_ptr + (g * 4 * H + head) * K * K
     if RESIDENT:
-        wi, wi_low = load_weight(weight, square, in_square, PRECISION)
-        wf, wf_low = load_weight(weight + H * K * K, square, in_square, PRECISION)
-        wz, wz_low = load_weight(weight + 2 * H * K * K, square, in_square, PRECISION)
-        wo, wo_low = load_weight(weight + 3 * H * K * K, square, in_square, PRECISION)
+        wi, wi_low = load_weight(weight, square, in_square, HALF, PRECISION)
+        wf, wf_low = load_weight(weight + H * K * K, square, in_square, HALF, PRECISION)
+        wz, wz_low = load_weight(weight + 2 * H * K * K, square, in_square, HALF, PRECISION)
+        wo, wo_low = load_weight(weight + 3 * H * K * K, square, in_square, HALF, PRECISION)
 
     dh = tl.zeros((BB, BK), tl.float32)
     u = tl.zeros((BB, BK), tl.float32)
@@ -287,22 +304,29 @@ def backward_kernel(
         tl.store(d_gate + 3 * H * K, d_o.to(d_gates_ptr.dtype.element_ty), mask=inside)
         d_gate -= 4 * H * K
 
-        x_i, x_i_low = operand(d_i, PRECISION)
-        x_f, x_f_low = operand(d_f, PRECISION)
-        x_z, x_z_low = operand(d_z, PRECISION)
-        x_o, x_o_low = operand(d_o, PRECISION)
         if RESIDENT:
-            dh = product(x_i, x_i_low, wi, wi_low, PRECISION) + product(x_f, x_f_low, wf, wf_low, PRECISION)
-            dh += product(x_z, x_z_low, wz, wz_low, PRECISION) + product(x_o, x_o_low, wo, wo_low, PRECISION)
-        else:
-            w, w_low = load_weight(weight, square, in_square, PRECISION)
-            dh = product(x_i, x_i_low, w, w_low, PRECISION)
-            w, w_low = load_weight(weight + H * K * K, square, in_square, PRECISION)
-            dh += product(x_f, x_f_low, w, w_low, PRECISION)
-            w, w_low = load_weight(weight + 2 * H * K * K, square, in_square, PRECISION)
-            dh += product(x_z, x_z_low, w, w_low, PRECISION)
-            w, w_low = load_weight(weight + 3 * H * K * K, square, in_square, PRECISION)
-            dh += product(x_o, x_o_low, w, w_low, PRECISION)
+            x, x_low = operand(d_i, HALF, PRECISION)
+            dh = product(x, x_low, wi, wi_low, PRECISION)
+            x, x_low = operand(d_f, HALF, PRECISION)
+            dh += product(x, x_low, wf, wf_low, PRECISION)
+            x, x_low = operand(d_z, HALF, PRECISION)
+            dh += product(x, x_low, wz, wz_low, PRECISION)
+            x, x_low = operand(d_o, HALF, PRECISION)
+            dh += product(x, x_low, wo, wo_low, PRECISION)
+        else:  # the gradients just stored come back in pieces
+            dh = tl.zeros((BB, BK), tl.float32)
+            tl.debug_barrier()
+            for start in range(0, K, PIECE):
+                cc = start + tl.arange(0, PIECE)
+                here = (b < B)[:, None] & (cc < K)[None, :]
+                piece = d_gates_ptr + (row[:, None] * T + t) * (4 * H * K) + head * K + cc[None, :]
+                square = cc[:, None] + kk[None, :] * K
+                in_square = (cc < K)[:, None] & (kk < K)[None, :]
+                for q in range(0, 4):
+                    x = tl.load(piece + q * H * K, mask=here, other=0.0).to(tl.float32)
+                    x, x_low = operand(x, HALF, PRECISION)
+                    w, w_low = load_weight(weight + q * H * K * K, square, in_square, HALF, PRECISION)
+                    dh += product(x, x_low, w, w_low, PRECISION)
         if HAS_OUT:
             dh += next_dh
         a = next_a

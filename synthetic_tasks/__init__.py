@@ -24,5 +24,20 @@ from synthetic_tasks import (  # noqa: F401 - importing a family registers its t
     word_problems,
 )
 from synthetic_tasks.base import IGNORE, RESULT_VERSION, SPLITS, Batch, Task, describe, get, names
+from synthetic_tasks.export import TaskDataset, tensors, write_parquet
+from synthetic_tasks.show import show
 
-__all__ = ["IGNORE", "RESULT_VERSION", "SPLITS", "Batch", "Task", "describe", "get", "names"]
+__all__ = [
+    "IGNORE",
+    "RESULT_VERSION",
+    "SPLITS",
+    "Batch",
+    "Task",
+    "TaskDataset",
+    "describe",
+    "get",
+    "names",
+    "show",
+    "tensors",
+    "write_parquet",
+]

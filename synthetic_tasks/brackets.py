@@ -61,6 +61,8 @@ class Dyck(Task):
     Source: Dyck-(k, m) languages, Hewitt et al. 2020 (2010.07515).
     Metric: accuracy. Dials: n_kinds, max_depth, length.
     Chance: next: the best guess from the position alone, computed exactly; membership: 1/2.
+    Shortcuts: next: the bag of all tokens tells which kinds are open, not their order (0.82 at length 64
+    with 2 kinds); a window of 4 tokens scores 0.54.
     """
 
     n_kinds: int = 2

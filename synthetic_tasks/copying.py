@@ -27,6 +27,7 @@ class Memorization(Task):
     splits differ in the sequences of keys. `solve` knows the map; it cannot be read from the tokens.
     Metric: accuracy at scored positions. Dials: vocab_size (facts).
     Chance: 1/(V/2 - 1), one of the values in use guessed always.
+    Shortcuts: a window of 2 tokens is all there is to it.
     """
 
     vocab_size: int = 256

@@ -43,8 +43,9 @@ class Majority(Task):
     paper does not state its rule for ties; ties="first" is the rule of
     Benjamin-Walker/structured-linear-cdes.
     Metric: accuracy at scored positions. Dials: n_symbols (fewer symbols: wider margins), length.
+    Shortcuts: the bag of tokens is the task itself.
     Chance: 1/n_symbols, by symmetry. Answering with the last symbol, or the first, does better at short
-    lengths (the winner occurs more often than the others): see the shortcut table.
+    lengths (the winner occurs more often than the others): 0.06 at length 64 with 63 symbols.
     """
 
     n_symbols: int = 63

@@ -31,6 +31,9 @@ class FuzzyRecall(Task):
     default. Its generator enumerates all motifs (3 s a sequence at V 128); this one draws them directly.
     Metric: accuracy at scored positions. Dials: max_motif, n_motifs (load), vocab_size, length.
     Chance: 2/V, one value token guessed always.
+    Shortcuts: looking up the last token of the key alone ("match") scores 0.83 at length 64 with the
+    defaults, so the motif's other tokens matter for the rest only; fewer key tokens or more motifs make
+    them matter more.
     """
 
     vocab_size: int = 17

@@ -29,7 +29,11 @@ class AnBn(Task):
     Source: the language of 2606.12364 ("A^nB^n"), whose generator is unpublished; the forms are ours. One n
     a sequence (n_segments=1) leaves one sequence a length: such lengths are exhaustible.
     Metric: accuracy, and whole-sequence accuracy. Dials: length and n_segments (counts), gap.
-    Chance: next: always "goes on", 1 - 2 n_segments / T; membership: 1/2.
+    Chance: next: always "goes on", 1 - 2 n_segments / T, or always "over" where that is more; membership:
+    1/2.
+    Shortcuts: next: the bag of all tokens, by the difference of the two counts, tells when a run is over:
+    that is the accumulation which the task is about. A window of 4 tokens settles short runs (0.81 at
+    length 64).
     """
 
     form: str = "next"
@@ -156,7 +160,9 @@ class AnBnCn(AnBn):
     Scored: every b and c, or every #.
     Source: the language of 2606.12364 ("A^nB^nC^n"), whose generator is unpublished; the forms are ours.
     Metric: accuracy, and whole-sequence accuracy. Dials: length and n_segments (counts), gap.
-    Chance: next: always "goes on", 1 - 3 n_segments / T; membership: 1/2.
+    Chance: next: always "goes on", 1 - 3 n_segments / T, or always "over" where that is more; membership:
+    1/2.
+    Shortcuts: next: the bag of all tokens (0.84 at length 66), a window of 4 tokens (0.76).
     """
 
     letters: ClassVar[int] = 3

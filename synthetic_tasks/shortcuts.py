@@ -170,9 +170,8 @@ def scores(task: Task, length: int, *, fit_samples: int = 4096, test_samples: in
     fit, test = _read(task, length, "train", fit_samples), _read(task, length, "test", test_samples)
     constant = np.full(len(test.row), np.bincount(fit.answer).argmax())
     answer_of = task.answers_of_tokens()
-    answer_of[
-        ~np.isin(answer_of, fit.answer)
-    ] = -1  # keys and marks are classes too in some tasks, never answers
+    # Keys and marks are classes too in some tasks, but never answers.
+    answer_of[~np.isin(answer_of, fit.answer)] = -1
     last, first = _ends(test, answer_of, constant)
     guesses = {
         "constant": constant,

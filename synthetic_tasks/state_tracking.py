@@ -36,6 +36,7 @@ class Parity(Task):
     Zoology's cumulative parity is supervision="running".
     Metric: accuracy at scored positions, and whole-sequence accuracy.
     Chance: 1/2; no proper subset of the bits says anything about the answer.
+    Shortcuts: the bag of all tokens tells the answer (order does not matter); nothing else does.
     """
 
     supervision: str = "final"
@@ -201,6 +202,7 @@ class StateRecall(Task):
     re-implementation: five pointers, as many swaps as bits; the original text was not available to us.
     Metric: accuracy. Dials: length (bits and swaps), n_swaps, n_pointers.
     Chance: 1/2.
+    Shortcuts: the more frequent bit of few (0.59 at length 66, 18 bits).
     """
 
     n_pointers: int = 5

@@ -177,7 +177,8 @@ class BucketSort(StringTask):
     Source: Deletang et al. 2023 (n_symbols=5) and the xLSTM paper (2405.04517, App. B.1.1; n_symbols=10).
     Metric: accuracy. Dials: length, n_symbols.
     Chance: 1/n_symbols for one symbol guessed always, the published baseline. Guessing from the place in
-    the answer does much better, as the i-th smallest of n is nearly known: see the shortcut table.
+    the answer does much better, as the i-th smallest of n is nearly known.
+    Shortcuts: position 0.52, bag of tokens 0.77 at length 64.
     """
 
     def _answer(self, x: np.ndarray) -> np.ndarray:

@@ -35,6 +35,8 @@ class WordProblem(Task):
     samples here.
     Metric: accuracy at scored positions; whole-sequence accuracy is the published one.
     Chance: the best guess from the position alone, computed exactly: 1/|G| when all elements are drawn.
+    Shortcuts: running answers at the first places are easy (the first is its own token): about 1/T above
+    chance; the bag of tokens scores 0.26 on s3 at length 64. supervision="final" has none of that.
     """
 
     supervision: str = "running"

@@ -154,15 +154,15 @@ def forward_kernel(
                 here = (b < B)[:, None] & (cc < K)[None, :]
                 h_piece = h_end_ptr + row[:, None] * (H * K) + head * K + cc[None, :]
                 x, x_low = operand(tl.load(h_piece, mask=here, other=0.0), HALF, PRECISION)
-                square = cc[:, None] * K + kk[None, :]
-                in_square = (cc < K)[:, None] & (kk < K)[None, :]
-                w, w_low = load_weight(weight, square, in_square, HALF, PRECISION)
+                part = cc[:, None] * K + kk[None, :]
+                in_part = (cc < K)[:, None] & (kk < K)[None, :]
+                w, w_low = load_weight(weight, part, in_part, HALF, PRECISION)
                 i += product(x, x_low, w, w_low, PRECISION)
-                w, w_low = load_weight(weight + H * K * K, square, in_square, HALF, PRECISION)
+                w, w_low = load_weight(weight + H * K * K, part, in_part, HALF, PRECISION)
                 f += product(x, x_low, w, w_low, PRECISION)
-                w, w_low = load_weight(weight + 2 * H * K * K, square, in_square, HALF, PRECISION)
+                w, w_low = load_weight(weight + 2 * H * K * K, part, in_part, HALF, PRECISION)
                 z += product(x, x_low, w, w_low, PRECISION)
-                w, w_low = load_weight(weight + 3 * H * K * K, square, in_square, HALF, PRECISION)
+                w, w_low = load_weight(weight + 3 * H * K * K, part, in_part, HALF, PRECISION)
                 o += product(x, x_low, w, w_low, PRECISION)
             tl.debug_barrier()
         gate += 4 * H * K
@@ -320,12 +320,12 @@ def backward_kernel(
                 cc = start + tl.arange(0, PIECE)
                 here = (b < B)[:, None] & (cc < K)[None, :]
                 piece = d_gates_ptr + (row[:, None] * T + t) * (4 * H * K) + head * K + cc[None, :]
-                square = cc[:, None] + kk[None, :] * K
-                in_square = (cc < K)[:, None] & (kk < K)[None, :]
+                part = cc[:, None] + kk[None, :] * K
+                in_part = (cc < K)[:, None] & (kk < K)[None, :]
                 for q in range(0, 4):
                     x = tl.load(piece + q * H * K, mask=here, other=0.0).to(tl.float32)
                     x, x_low = operand(x, HALF, PRECISION)
-                    w, w_low = load_weight(weight + q * H * K * K, square, in_square, HALF, PRECISION)
+                    w, w_low = load_weight(weight + q * H * K * K, part, in_part, HALF, PRECISION)
                     dh += product(x, x_low, w, w_low, PRECISION)
         if HAS_OUT:
             dh += next_dh

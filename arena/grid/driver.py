@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arena.grid.engine import Event, Work, run_local
-from arena.grid.environment import cpu_count
+from arena.grid.environment import cpu_count, foreign_kernels
 from arena.grid.experiment import Experiment, ExperimentError
 from arena.grid.plan import Fleet, Run, plan_fleets, plan_runs, split_fleet
 from arena.grid.store import Store
@@ -84,6 +84,9 @@ def run_experiment(
         ExperimentError: the experiment asks for something that does not exist; nothing was started.
         StoreError: the folder is in use, holds another experiment, or cannot be written; nothing was started.
     """
+    problem = foreign_kernels()
+    if problem is not None:
+        raise ExperimentError(problem)
     runs = plan_runs(experiment, device=device)
     return train_runs(
         runs,

@@ -18,12 +18,13 @@ or all lost.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,10 @@ class Store:
         self._lock: int | None = None
 
     def __enter__(self) -> Store:
-        try:
+        with self._writing():
             for folder in (self.runs, self.staging, self.fleets, self.failures):
                 folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise StoreError(f"cannot write to {self.directory}: {error.strerror or error}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -75,12 +74,13 @@ class Store:
             ) from None
         self._lock = lock
         try:
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-            self._complete()
-        except OSError as error:
+            with self._writing():
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+                self._complete()
+        except StoreError:
             self.__exit__()
-            raise StoreError(f"cannot write to {self.directory}: {error.strerror or error}") from None
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,19 +98,20 @@ class Store:
         """
         self.record_fleet(fleet)
         partial, whole = self.staging / f"{fleet.id}.partial", self.staging / fleet.id
-        shutil.rmtree(partial, ignore_errors=True)
-        for run_id, files in results.items():
-            folder = partial / run_id
-            folder.mkdir(parents=True)
-            sums = {name: hashlib.sha256(files[name]).hexdigest() for name in RUN_FILES}
-            for name in RUN_FILES:
-                _write(folder / name, files[name])
-            _write(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
-            _flush_folder(folder)
-        _flush_folder(partial)
-        os.rename(partial, whole)
-        _flush_folder(self.staging)
-        self._move_in(whole)
+        with self._writing():
+            shutil.rmtree(partial, ignore_errors=True)
+            for run_id, files in results.items():
+                folder = partial / run_id
+                folder.mkdir(parents=True)
+                sums = {name: hashlib.sha256(files[name]).hexdigest() for name in RUN_FILES}
+                for name in RUN_FILES:
+                    _write(folder / name, files[name])
+                _write(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
+                _flush_folder(folder)
+            _flush_folder(partial)
+            os.rename(partial, whole)
+            _flush_folder(self.staging)
+            self._move_in(whole)
 
     def finished(self, run_ids: Iterable[str]) -> set[str]:
         """Those of ``run_ids`` that have a result. One whose checksums fail is set aside, and counts as
@@ -132,7 +133,8 @@ class Store:
         """Remember who trains together, so that it stays so."""
         path = self.fleets / f"{fleet.id}.json"
         if not path.exists():
-            write_whole(path, json.dumps([run.id for run in fleet.runs]).encode())
+            with self._writing():
+                write_whole(path, json.dumps([run.id for run in fleet.runs]).encode())
 
     def recorded_fleets(self) -> list[list[str]]:
         """Ids of the members of every recorded fleet."""
@@ -148,7 +150,8 @@ class Store:
         """
         for run in runs:
             record = {"config": run.config, "trial": run.trial, "reason": reason, "detail": detail}
-            write_whole(self.failures / f"{run.id}.json", json.dumps(record, indent=1).encode())
+            with self._writing():
+                write_whole(self.failures / f"{run.id}.json", json.dumps(record, indent=1).encode())
 
     def record_request(self, name: str, text: str, runs: Sequence[Run]) -> int:
         """Write down the experiment and its runs: what reports are about.
@@ -170,10 +173,19 @@ class Store:
                 f"{self.directory} holds experiment {held['experiment']!r}, not {name!r}: "
                 "choose another --out"
             )
-        write_whole(self.directory / "experiment.toml", text.encode())
         plan = {"experiment": name, "runs": {run.id: {"trial": run.trial} for run in runs}}
-        write_whole(self.directory / "plan.json", json.dumps(plan, indent=0).encode())
+        with self._writing():
+            write_whole(self.directory / "experiment.toml", text.encode())
+            write_whole(self.directory / "plan.json", json.dumps(plan, indent=0).encode())
         return sum(1 for folder in self.runs.iterdir() if folder.name not in plan["runs"])
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the system says (a full disk, a read-only folder) into one line."""
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.directory}: {error.strerror or error}") from None
 
     def _complete(self) -> None:
         """Finish what a killed process left in staging."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,6 +69,17 @@ def test_killed_with_two_workers_equals_undisturbed_with_one(tmp_path):
     assert set(curves["step"]) == {2, 4, 6}
     accuracies = left.filter(pl.col("metric") == "accuracy")["value"]
     assert accuracies.is_between(0, 1).all() and accuracies.n_unique() > 2
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY.replace("steps = 3", "steps = 5000"))
+    driver = grid(tmp_path, "out", 2)
+    assert "4 runs: 0 stored already" in driver.stdout.readline()
+    driver.send_signal(signal.SIGINT)
+    output, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 130 and errors == ""
+    assert "0 of 4 runs stored in out" in output
+    assert "to go on: arena grid tiny.toml --out out --workers 2" in output
 
 
 def test_a_model_that_cannot_learn_from_nan_is_recorded_as_diverged(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -159,11 +160,30 @@ def test_tables_have_the_stated_columns(tmp_path):
     assert dict(load_results(tmp_path).schema) == ROW_SCHEMA
     assert dict(load_curves(tmp_path).schema) == CURVE_SCHEMA
     assert load_environments(tmp_path) == {run_id: {} for run_id in sorted(RESULTS)}
-    stated = """experiment run_id fleet_id arch model_params task task_params seed trial split eval_length metric
-    value chance n_examples params state_bytes steps train_tokens lr weight_decay wall_s device backend dtype status
-    version"""
+    stated = """experiment run_id fleet_id arch model_params task task_params seed trial split eval_length
+    metric value chance n_examples params state_bytes steps train_tokens lr weight_decay wall_s device backend
+    dtype status version"""
     assert set(stated.split()) <= set(ROW_SCHEMA)
     assert load_results(tmp_path).filter(pl.col("seed") == 1)["fleet_id"].unique().to_list() == [FLEET.id]
+
+
+def test_a_full_disk_is_one_line_and_the_next_start_goes_on(tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for call in ("fsync", "rename"):
+        with Store(tmp_path) as store:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, call, full)
+                with pytest.raises(StoreError, match=r"cannot write to .*: No space left on device"):
+                    store.commit(FLEET, RESULTS)
+                with pytest.raises(StoreError, match="No space left"):
+                    patch.setattr(os, "fsync", full)
+                    store.record_failure(FLEET.runs, "reason", "")
+            assert store.finished(RESULTS) == set()
+    with Store(tmp_path) as store:
+        store.commit(FLEET, RESULTS)
+        assert store.finished(RESULTS) == set(RESULTS)
 
 
 def test_another_experiment_is_refused(tmp_path):

@@ -97,6 +97,8 @@ def parse_arch(arch: str, n_layers: int) -> list[str]:
         period = ["mlstm"] * a + ["slstm"] * b
         if a == 0 or b == 0:
             period = period[:1]
+    elif arch.startswith("xlstm"):
+        raise ValueError(f"{arch!r}: write xlstm[a:b] for a mLSTM to b sLSTM blocks, such as xlstm[1:1]")
     else:
         period = arch.split("+")
         if len(period) > 2:

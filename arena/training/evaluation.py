@@ -20,6 +20,9 @@ Forward = Callable[[Tensor], Tensor]
 """Tokens [N,T] shared by the replicas -> logits [R,N,T,classes]."""
 Row = dict[str, Any]
 
+# Positions of a piece, in training batches: without gradients it needs no more memory than a training step.
+_TRAINING_BATCHES = 4
+
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of each position, 0 where it is not scored.
@@ -54,7 +57,7 @@ def evaluate(
     """Measure every replica at every length.
 
     The examples are samples 0 .. ``eval_examples`` - 1 of seed ``data_seed``, in pieces of about as many
-    positions as a training batch has. At a length whose space of sequences is exhaustible the rows are
+    positions as a few training batches have. At a length whose space of sequences is exhaustible the rows are
     labelled train: all of that space may have been trained on.
 
     Returns:
@@ -64,7 +67,7 @@ def evaluate(
         with a loss that is not finite is wrong.
     """
     rows: list[list[Row]] = [[] for _ in range(n_replicas)]
-    budget = config.batch_size * config.train_lengths[1]
+    budget = _TRAINING_BATCHES * config.batch_size * config.train_lengths[1]
     for length in lengths:
         label = "train" if task.is_exhaustible(length) else split
         # Columns: loss, correct positions, scored positions, correct sequences. Sums of integers in float64

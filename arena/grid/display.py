@@ -34,6 +34,7 @@ class GridDisplay:
         self.done = 0.0
         self.running: dict[str, float] = {}
         self.begin = time.monotonic()
+        self.training: float | None = None
 
     def __enter__(self) -> GridDisplay:
         return self
@@ -67,6 +68,7 @@ class GridDisplay:
             self.running[fleet.id] = 0.0
             self.bars[fleet.id] = self.progress.add_task(fleet.label, total=steps, left="")
         elif event.kind == "progress":
+            self.training = self.training or time.monotonic()
             self.running[fleet.id] = fleet.planned_tokens * event.steps / steps
             self.progress.update(self.bars[fleet.id], completed=event.steps)
         else:
@@ -86,9 +88,9 @@ class GridDisplay:
         return f"[{_duration(time.monotonic() - self.begin)}]"
 
     def _left(self, share: float) -> str:
-        passed = time.monotonic() - self.begin
-        if share <= 0.01 or passed < 3:
+        if share <= 0.01 or self.training is None:
             return ""
+        passed = time.monotonic() - self.training  # without the start of the workers
         return f"about {_duration(passed * (1 - share) / share)} left"
 
 

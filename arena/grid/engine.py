@@ -52,6 +52,7 @@ class Event:
 class _Worker:
     process: Any
     pipe: Connection
+    slot: int
     fleet: Fleet | None = None
 
 
@@ -71,17 +72,13 @@ def run_local(
     """
     crew: list[_Worker] = []
     free = list(range(workers))
-    slots: dict[int, int] = {}
     try:
         while queue or any(w.fleet is not None for w in crew):
             idle = [w for w in crew if w.fleet is None]
             while queue and (idle or free):
                 if not idle:
-                    slot = free.pop(0)
-                    worker = _start(work, threads, str(slot % gpus) if gpus else None)
-                    slots[id(worker)] = slot
-                    crew.append(worker)
-                    idle.append(worker)
+                    crew.append(_start(work, free.pop(0), threads, gpus))
+                    idle.append(crew[-1])
                 worker = idle.pop()
                 worker.fleet = queue.popleft()
                 with contextlib.suppress(OSError):  # a dead one shows in the wait below
@@ -97,7 +94,7 @@ def run_local(
                 except (EOFError, OSError):
                     worker.process.join()
                     crew.remove(worker)
-                    free.append(slots.pop(id(worker)))
+                    free.append(worker.slot)
                     yield Event(kind="died", fleet=fleet, reason=_ending(worker.process.exitcode))
                     continue
                 if kind != "progress":
@@ -114,12 +111,12 @@ def run_local(
             worker.pipe.close()
 
 
-def _start(work: Work, threads: int, gpu: str | None) -> _Worker:
+def _start(work: Work, slot: int, threads: int, gpus: int) -> _Worker:
     """Start a worker. Its environment is set here, as torch reads it when it is imported."""
     wanted = dict.fromkeys(THREAD_VARIABLES, str(threads))
-    if gpu is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        wanted["CUDA_VISIBLE_DEVICES"] = visible[int(gpu)] if len(visible) > int(gpu) and visible[0] else gpu
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        wanted["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
     before = {name: os.environ.get(name) for name in wanted}
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -137,7 +134,7 @@ def _start(work: Work, threads: int, gpu: str | None) -> _Worker:
                 os.environ[name] = value
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     theirs.close()  # so that a dead worker's pipe ends
-    return _Worker(process=process, pipe=ours)
+    return _Worker(process=process, pipe=ours, slot=slot)
 
 
 def _worker(pipe: Connection, work: Work) -> None:

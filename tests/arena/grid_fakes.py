@@ -129,6 +129,11 @@ def two_fit(fleet, progress):
     return {run.id: files(run, fleet.id) for run in fleet.runs}
 
 
+def gpu_seen(fleet, progress):
+    time.sleep(0.5)  # long enough for every worker to get a fleet
+    raise RuntimeError(os.environ["CUDA_VISIBLE_DEVICES"])
+
+
 def threads_seen(fleet, progress):
     omp, mkl = (os.environ.get(f"{name}_NUM_THREADS") for name in ("OMP", "MKL"))
     raise RuntimeError(f"OMP {omp} MKL {mkl}")

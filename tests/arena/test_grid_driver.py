@@ -230,3 +230,20 @@ def test_workers_get_their_threads(tmp_path, monkeypatch):
     report = grid_fakes.drive(tmp_path / "out", workers=2, work=grid_fakes.threads_seen)
     assert set(report.failed.values()) == {"RuntimeError: OMP 3 MKL 3"}
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, {"0", "1"}), ("5,7", {"5", "7"})])
+def test_workers_share_out_the_gpus(monkeypatch, visible, expected):
+    from collections import deque
+
+    from arena.grid.engine import run_local
+    from arena.grid.plan import plan_fleets
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    queue = deque(plan_fleets(grid_fakes.make_runs(groups=3, seeds=1), 1))
+    events = list(run_local(queue, grid_fakes.gpu_seen, workers=3, threads=1, gpus=2))
+    seen = [event.reason.removeprefix("RuntimeError: ") for event in events if event.kind == "error"]
+    assert len(seen) == 3 and set(seen) == expected
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible

@@ -1,8 +1,9 @@
 """What sLSTM and LSTM share: a cell per channel that reads its own last output, in the common layer.
 
-Under ``common`` the cell input z takes the place of v (linear map, short convolution, SiLU), the
-pre-activations of i, f and o are linear in x, and the cell's output takes the place of what a matrix memory
-reads.
+Under ``common`` the pre-activations of z and o are linear in x, and those of i and f in the convolved x with
+SiLU, which is where the xLSTM paper has its convolution (arXiv 2405.04517, figure 10): a convolution on z
+blurs the token that the cell is to count, and both cells then learn parity much later. The cell's output
+takes the place of what a matrix memory reads.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ class RecurrentBlock(Block):
 
     def make_common(self, conv: str | None) -> None:
         """Create the parameters of the common layer."""
-        self.value = nn.Linear(self.d_model, self.d_model, bias=False)
-        self.conv = ShortConv(conv or COMMON.conv, self.d_model, [self.d_model])
-        self.gates = nn.Linear(self.d_model, 3 * self.d_model, bias=False)
+        self.conv = ShortConv(conv or COMMON.conv, self.d_model, [self.d_model], activation=conv != "none")
+        self.gates = nn.Linear(self.d_model, 2 * self.d_model, bias=False)
+        self.values = nn.Linear(self.d_model, 2 * self.d_model, bias=False)
         self.norm = RMSNorm(self.head_dim)
         self.gate_out = OutputGate(COMMON, self.d_model, self.n_heads, self.head_dim)
         self.out = nn.Linear(self.d_model, self.d_model, bias=False)
 
     def inputs(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Input pre-activations [B,T,4,H,K] (i, f, z, o) without bias, and the rows of the convolution."""
-        z, rows = self.conv(self.value(x), x, rows)
-        i, f, o = self.gates(x).chunk(3, -1)
-        return torch.stack([i, f, z, o], 2).unflatten(-1, (self.n_heads, -1)), rows
+        mixed, rows = self.conv(x, x, rows)
+        gates = torch.cat([self.gates(mixed), self.values(x)], -1)
+        return gates.unflatten(-1, (4, self.n_heads, self.head_dim)), rows
 
     def output(self, x: Tensor, h: Tensor) -> Tensor:
         """From the cell's output h [B,T,H,K] to y [B,T,D]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -58,7 +59,7 @@ def slstm(
             f"got {[tuple(x.shape) for x in initial_state]}"
         )
     work = torch.float64 if gates.dtype == torch.float64 else torch.float32
-    can_compile = work == torch.float32 and gates.device.type == "cpu" and find_spec("numba") is not None
+    can_compile = work == torch.float32 and gates.device.type == "cpu" and _has_numba()
     backend = resolve_backend(backend, (*(["numba"] if can_compile else []), "fused", "reference"))
     if initial_state is not None:
         h, c, n, m = initial_state
@@ -69,3 +70,8 @@ def slstm(
     else:
         h, state = slstm_fused(gates_work, recurrent, initial_state, backend == "numba")
     return h.to(gates.dtype), state
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None

@@ -78,17 +78,15 @@ def learning_rates(config: TrainConfig, replicas: Sequence[Replica]) -> Tensor:
     Linear warm-up over W = round(warmup * steps) steps, lr (n + 1) / W, then a cosine from lr towards
     ``final_lr_fraction`` * lr over the rest.
     """
-    table = torch.empty(config.steps, len(replicas), dtype=torch.float64)
-    for column, replica in enumerate(replicas):
+    final = config.final_lr_fraction
+    step = torch.arange(config.steps, dtype=torch.float64)
+    columns = []
+    for replica in replicas:
         warm = round(replica.warmup * config.steps)
-        for step in range(config.steps):
-            if step < warm:
-                factor = (step + 1) / warm
-            else:
-                cosine = 0.5 * (1.0 + math.cos(math.pi * (step - warm) / (config.steps - warm)))
-                factor = config.final_lr_fraction + (1.0 - config.final_lr_fraction) * cosine
-            table[step, column] = replica.lr * factor
-    return table
+        progress = (step - warm) / max(config.steps - warm, 1)
+        cosine = final + (1.0 - final) * 0.5 * (1.0 + torch.cos(math.pi * progress))
+        columns.append(replica.lr * torch.where(step < warm, (step + 1) / max(warm, 1), cosine))
+    return torch.stack(columns, 1)
 
 
 class FleetAdamW:
@@ -123,7 +121,9 @@ class FleetAdamW:
 
     @torch.no_grad()
     def step(self, n: int, grads: Tensor, losses: Tensor, active: Tensor) -> Tensor:
-        """Take step n (from 0) for the active replicas whose loss and gradient are finite.
+        """Take step n (from 0) for the active replicas whose loss, gradient and result are finite.
+
+        Gradients or parameters whose norm overflows (elements of some 1e19) count as not finite.
 
         Args:
             n: number of the step.
@@ -137,16 +137,17 @@ class FleetAdamW:
         norm = _row_norm(grads)
         active = active & torch.isfinite(losses) & torch.isfinite(norm)
         factor = (self._clip / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
-        # where, not a product: 0 * NaN is NaN. What follows is finite, so a step of size 0 changes nothing.
+        # where, not a product: 0 * NaN is NaN.
         g = torch.where(active[:, None], grads * factor[:, None], 0.0)
         decay, size, eps = self._table[:, n]
-        moving = active[:, None].to(size.dtype)
         self._m.lerp_(g, 1.0 - self._beta1)
         self._v.lerp_(g.square_(), self._new_weight)
         update = self._m / self._v.sqrt().add_(eps)
         values = self._parameters.values
-        values.mul_(1.0 - decay * moving * self._parameters.decayed)
-        values.sub_(update.mul_(size * moving))
+        new = values * (1.0 - decay * self._parameters.decayed)
+        new.sub_(update.mul_(size))
+        active = active & torch.isfinite(_row_norm(new))
+        values.copy_(torch.where(active[:, None], new, values))
         return active
 
 

@@ -281,6 +281,19 @@ def test_overflowing_norm_is_a_divergence_not_a_zero_step():
     assert not optimiser.step(0, huge, torch.zeros(1), torch.ones(1, dtype=torch.bool)).item()
 
 
+@pytest.mark.parametrize("lr", [1e25, 1e38, 1e300])
+def test_a_step_out_of_range_is_a_divergence_and_is_not_taken(lr):
+    flat = FlatParameters([small_net(0), small_net(1)], torch.device("cpu"))
+    optimiser = FleetAdamW(flat, train_config(), [Replica(seed=0, lr=lr, warmup=0.0), Replica(seed=1)])
+    before, mate = flat.row(0), flat.row(1)
+    active = torch.ones(2, dtype=torch.bool)
+    for step in range(3):
+        active = optimiser.step(step, torch.ones_like(flat.values), torch.zeros(2), active)
+    assert active.tolist() == [False, True]
+    assert all(torch.equal(before[name], value) for name, value in flat.row(0).items())
+    assert not torch.equal(flat.row(1)["0.weight"], mate["0.weight"])
+
+
 # --- evaluation ----------------------------------------------------------------------------------------
 
 

@@ -202,8 +202,8 @@ class Palindrome(Task):
     Scored: the last position.
     Source: the classical context-free language; this near-miss form is ours.
     Metric: accuracy. Dials: length, n_symbols.
-    Chance: 1/2. Comparing the first with the last symbol does better at short lengths (a change that
-    touches the ends), by about 1/T.
+    Chance: 1/2. Comparing the first with the last symbol does better at short lengths (a change may touch
+    the end), by 2/T at even lengths.
     """
 
     n_symbols: int = 2

@@ -181,4 +181,4 @@ class MajorityCount(Task):
 
     def class_name(self, label: int) -> str:
         """The count, or the bin."""
-        return str(label + 1) if self.form == "capped" else f"bin {label}"
+        return str(label + 1) if self.form == "capped" else f"bin{label}"

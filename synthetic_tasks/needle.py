@@ -232,37 +232,46 @@ class Needle(Task):
         return f"v{label}"
 
 
-def _needle(name: str, title: str, **defaults: str | int) -> type[Needle]:
+def _needle(class_name: str, name: str, title: str, **defaults: str | int) -> type[Needle]:
     doc = f"{title}\n{(Needle.__doc__ or '').split(chr(10), 1)[1]}"
     fields: dict[str, object] = {"__doc__": doc, "__module__": __name__, **defaults}
     fields["__annotations__"] = {field: type(value).__name__ for field, value in defaults.items()}
-    cls: type[Needle] = dataclasses.dataclass(frozen=True, kw_only=True)(type(name, (Needle,), fields))
+    cls: type[Needle] = dataclasses.dataclass(frozen=True, kw_only=True)(type(class_name, (Needle,), fields))
     return register(name, "needle")(cls)
 
 
 NIAHSingle1 = _needle(
-    "niah_single_1", "One needle in a repeated sentence (RULER's niah_single_1).", haystack="sentence"
+    "NIAHSingle1",
+    "niah_single_1",
+    "One needle in a repeated sentence (RULER's niah_single_1).",
+    haystack="sentence",
 )
-NIAHSingle2 = _needle("niah_single_2", "One needle in random text (RULER's niah_single_2).", haystack="text")
+NIAHSingle2 = _needle(
+    "NIAHSingle2", "niah_single_2", "One needle in random text (RULER's niah_single_2).", haystack="text"
+)
 NIAHSingle3 = _needle(
+    "NIAHSingle3",
     "niah_single_3",
     "One needle with a long value in random text (RULER's niah_single_3).",
     haystack="text",
     value_tokens=16,
 )
 NIAHMultiKey = _needle(
+    "NIAHMultiKey",
     "niah_multikey",
     "One needle among distractors with other keys (RULER's niah_multikey_1).",
     haystack="text",
     n_keys=4,
 )
 NIAHMultiValue = _needle(
+    "NIAHMultiValue",
     "niah_multivalue",
     "A key with several values, all asked for (RULER's niah_multivalue).",
     haystack="text",
     values_per_key=4,
 )
 NIAHMultiQuery = _needle(
+    "NIAHMultiQuery",
     "niah_multiquery",
     "Several keys, all asked for (RULER's niah_multiquery).",
     haystack="text",

@@ -37,7 +37,7 @@ BASELINES = (
     "match",
     *(f"window {w}" for w in WINDOWS),
 )
-_LARGEST_LINEAR = 600
+_LARGEST_LINEAR = 130
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 

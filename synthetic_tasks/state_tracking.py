@@ -137,6 +137,7 @@ class CycleNavigation(Task):
     Metric: accuracy at scored positions. Dials: n_positions, length.
     Chance: the best guess from the position in the sequence alone, computed exactly; it falls to
     1/n_positions (odd cycles) as the walk spreads out.
+    Shortcuts: the bag of all moves tells the answer (order does not matter); nothing else does.
     """
 
     n_positions: int = 5

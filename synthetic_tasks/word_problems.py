@@ -141,21 +141,21 @@ class WordProblem(Task):
         return self.group.names[label]
 
 
-def _word_problem(name: str, make: Callable[[], groups.Group], what: str) -> type[WordProblem]:
+def _word_problem(title: str, make: Callable[[], groups.Group], what: str) -> type[WordProblem]:
     doc = f"The word problem of {what}.\n{(WordProblem.__doc__ or '').split(chr(10), 1)[1]}"
-    cls = type(name, (WordProblem,), {"__doc__": doc, "__module__": __name__, "_make": staticmethod(make)})
-    return register(name, "state tracking")(cls)
+    cls = type(title, (WordProblem,), {"__doc__": doc, "__module__": __name__, "_make": staticmethod(make)})
+    return register(title.lower(), "state tracking")(cls)
 
 
-S3 = _word_problem("s3", lambda: groups.symmetric(3), "S3, the 6 permutations of 3 points (solvable)")
-S4 = _word_problem("s4", lambda: groups.symmetric(4), "S4, the 24 permutations of 4 points (solvable)")
-S5 = _word_problem("s5", lambda: groups.symmetric(5), "S5, the 120 permutations of 5 points (NC1-complete)")
+S3 = _word_problem("S3", lambda: groups.symmetric(3), "S3, the 6 permutations of 3 points (solvable)")
+S4 = _word_problem("S4", lambda: groups.symmetric(4), "S4, the 24 permutations of 4 points (solvable)")
+S5 = _word_problem("S5", lambda: groups.symmetric(5), "S5, the 120 permutations of 5 points (NC1-complete)")
 A5 = _word_problem(
-    "a5", lambda: groups.alternating(5), "A5, the 60 even permutations of 5 points (NC1-complete)"
+    "A5", lambda: groups.alternating(5), "A5, the 60 even permutations of 5 points (NC1-complete)"
 )
-Z60 = _word_problem("z60", lambda: groups.cyclic(60), "Z60, addition modulo 60 (abelian)")
+Z60 = _word_problem("Z60", lambda: groups.cyclic(60), "Z60, addition modulo 60 (abelian)")
 A4xZ5 = _word_problem(
-    "a4xz5",
+    "A4xZ5",
     functools.cache(lambda: groups.direct_product(groups.alternating(4), groups.cyclic(5))),
     "A4 x Z5, order 60 (solvable, not abelian)",
 )

@@ -1,4 +1,4 @@
-"""Answers against plain Python that reads the printed form of the tokens, written from the definitions alone."""
+"""Answers against plain Python that reads the printed tokens, written from the definitions alone."""
 
 import functools
 import itertools
@@ -87,7 +87,7 @@ def majority_count(task, t):
         return {len(t) - 1: str(min(best, task.n_classes))}
     margin = best - (len(t) - best)
     inside = [b for b in range(task.n_classes) if b * len(t) < margin * task.n_classes <= (b + 1) * len(t)]
-    return {len(t) - 1: f"bin {inside[0]}"}
+    return {len(t) - 1: f"bin{inside[0]}"}
 
 
 def anbn(task, t):

@@ -1,8 +1,7 @@
 """What holds for every task: shapes, ranges, purity, exact solvers, splits that never meet."""
 
 import json
-import subprocess
-import sys
+import pickle
 
 import numpy as np
 import pytest
@@ -104,7 +103,7 @@ def test_exhaustible_lengths_are_not_partitioned():
 
 
 def test_mqar_splits_by_the_set_of_pairs():
-    task = synthetic_tasks.get("mqar", n_pairs=2, vocab_size=64)
+    task = synthetic_tasks.get("mqar", n_pairs=2, vocab_size=80)  # 1.2 million sets of pairs
 
     def pairs(split):
         tokens = task.sample(30_000, length=32, split=split).tokens
@@ -143,11 +142,11 @@ def test_illegal_lengths_and_arguments(case):
         task.sample(1, length=length, index=-1)
 
 
-def test_parameters_are_complete_and_json_able(case):
+def test_parameters_are_complete_and_json_able_and_tasks_picklable(case):
     task, length = case
     params = json.loads(json.dumps(task.params))
     again = synthetic_tasks.get(task.name, **params)
-    assert again == task and hash(again) == hash(task)
+    assert again == task == pickle.loads(pickle.dumps(task)) and hash(again) == hash(task)
     assert equal(again.sample(3, length=length), task.sample(3, length=length))
 
 
@@ -171,26 +170,3 @@ def test_unknown_names_list_the_near_ones():
         synthetic_tasks.get("partiy")
     with pytest.raises(ValueError, match="mqar: unknown parameter 'n_pair'; did you mean n_pairs"):
         synthetic_tasks.get("mqar", n_pair=3)
-
-
-def test_other_processes_make_the_same_samples(covered):
-    program = (
-        "import synthetic_tasks as st, hashlib\n"
-        "h = hashlib.blake2b()\n"
-        "for name in st.names():\n"
-        "    task = st.get(name)\n"
-        "    batch = task.sample(5, length=task.legal_length(70), seed=1, index=2**40, split='valid')\n"
-        "    h.update(batch.tokens.numpy().tobytes() + batch.targets.numpy().tobytes())\n"
-        "print(h.hexdigest())"
-    )
-    out = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1")
-    }
-    assert len(out) == 1

@@ -1,4 +1,4 @@
-"""The mLSTM cell as a gated memory: its normaliser is one more value column, its stabiliser a scan over scalars."""
+"""The mLSTM as a gated memory: its normaliser is one more value column, its stabiliser a scalar scan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from kernels.gated_memory.operator import gated_memory
 
 EPS = 1e-6
-# A forget gate below e^-100 counts as e^-100 in the stabiliser (not in the memory): keeps its running sums finite.
+# A forget gate below e^-100 counts as e^-100 in the stabiliser (not in the memory): keeps its running sums
+# finite.
 MIN_LOG_FORGET = -100.0
 
 
@@ -23,15 +24,15 @@ def mlstm(
     initial_state: tuple[Tensor, Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Matrix LSTM with exponential input gate and sigmoid forget gate (xLSTM, arXiv 2405.04517, equations 19 to 27).
+    """Matrix LSTM, exponential input gate, sigmoid forget gate (xLSTM, arXiv 2405.04517, equations 19 to 27).
 
-        m_t = max(log sigmoid(f_t) + m_{t-1}, i_t)                      f'_t = exp(log sigmoid(f_t) + m_{t-1} - m_t)
-        C_t = f'_t C_{t-1} + i'_t (k_t / sqrt K) v_t^T                  i'_t = exp(i_t - m_t)
-        n_t = f'_t n_{t-1} + i'_t (k_t / sqrt K)
-        h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + 1e-6)          (1e-6 as in the authors' code)
+        m_t = max(log sigmoid(f_t) + m_{t-1}, i_t)
+        f'_t = exp(log sigmoid(f_t) + m_{t-1} - m_t)        i'_t = exp(i_t - m_t)
+        C_t = f'_t C_{t-1} + i'_t (k_t / sqrt K) v_t^T      n_t = f'_t n_{t-1} + i'_t (k_t / sqrt K)
+        h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + 1e-6)      (1e-6 as in the authors' code)
 
-    Without an initial state m starts at -inf. The stabiliser m cancels, except beside the 1e-6; gradients are exact
-    all the same.
+    Without an initial state m starts at -inf. The stabiliser m cancels, except beside the 1e-6; gradients are
+    exact all the same.
 
     Args:
         q: Queries [B,T,H,K].
@@ -43,8 +44,8 @@ def mlstm(
         backend: As for :func:`kernels.gated_memory`.
 
     Returns:
-        h [B,T,H,V] in the dtype of v, and the state (C, n, m) after the last token in float32 (float64 for float64
-        inputs); handing it to the next call continues the sequence exactly.
+        h [B,T,H,V] in the dtype of v, and the state (C, n, m) after the last token in float32 (float64 for
+        float64 inputs); handing it to the next call continues the sequence exactly.
 
     Raises:
         ValueError: If a shape, dtype or backend is wrong.
@@ -64,8 +65,8 @@ def mlstm(
 
     i, log_f = input_gate.to(dtype), F.logsigmoid(forget_gate.to(dtype))
     m = _stabiliser(i, log_f, m_0)
-    # Any m gives the same h, so its gradient is dropped where it would only cancel: it is kept for the initial m
-    # (which says how large the initial state is), beside EPS, and in the returned state.
+    # Any m gives the same h, so its gradient is dropped where it would only cancel: it is kept for the
+    # initial m (which says how large the initial state is), beside EPS, and in the returned state.
     fixed_m = m.detach()
     previous_m = torch.cat([m_0[:, None], fixed_m[:, :-1]], 1)
     nothing_yet = previous_m == -torch.inf
@@ -94,7 +95,7 @@ def mlstm(
 
 
 def _stabiliser(i_bth: Tensor, log_f_bth: Tensor, m_0_bh: Tensor) -> Tensor:
-    """Solve m_t = max(log_f_t + m_{t-1}, i_t) with running sums (float64: they grow with T) and a running maximum."""
+    """Solve m_t = max(log_f_t + m_{t-1}, i_t) by running sums (float64: they grow with T) and maxima."""
     sum_bth = log_f_bth.double().clamp(min=MIN_LOG_FORGET).cumsum(1)
     top_bth = torch.maximum((i_bth - sum_bth).cummax(1).values, m_0_bh[:, None].double())
     return (top_bth + sum_bth).to(i_bth.dtype)

@@ -32,28 +32,29 @@ def gated_memory(
         S_t = (I - k_t e_t^T) D_t S_{t-1} + k_t z_t^T        o_t = S_t^T (scale q_t)
         D_t = diag(sign_t exp(log_decay_t))    e_t = erase_t * k_t    z_t = write_t * v_t    (* elementwise)
 
-    This is GDN-2 (arXiv 2605.22791, equations 8 to 10); other settings of the gates give KDA, Gated DeltaNet, DeltaNet,
-    GLA, Mamba-2, mLSTM and linear attention (DESIGN.md, section 2). Differentiable once in everything but
-    ``decay_sign``; safe under ``torch.func.vmap``; a gate that is None costs nothing. The state, the sums of
-    log-decays and all products are float32 (float64 for float64 inputs), whatever the dtype of the inputs.
+    This is GDN-2 (arXiv 2605.22791, equations 8 to 10); other settings of the gates give KDA, Gated DeltaNet,
+    DeltaNet, GLA, Mamba-2, mLSTM and linear attention (DESIGN.md, section 2). Differentiable once in
+    everything but ``decay_sign``; safe under ``torch.func.vmap``; a gate that is None costs nothing. The
+    state, the sums of log-decays and all products are float32 (float64 for float64 inputs), whatever the
+    dtype of the inputs.
 
     Args:
         q: Queries [B,T,H,K]; any T, also 0 and 1.
         k: Keys [B,T,H,K]; with ``erase`` the caller gives them unit length.
         v: Values [B,T,H,V]; q, k and v share one dtype.
-        log_decay: Natural log of |decay|, [B,T,H] (one a head) or [B,T,H,K] (one a key channel), <= 0; -inf is legal,
-            with gradient 0. None: no decay.
+        log_decay: Natural log of |decay|, [B,T,H] (one a head) or [B,T,H,K] (one a key channel), <= 0;
+            -inf is legal, with gradient 0. None: no decay.
         erase: [B,T,H] or [B,T,H,K], usually in [0, 1] or [0, 2]. None: nothing is erased.
         write: [B,T,H] or [B,T,H,V]. None: 1.
         decay_sign: +1 or -1, shaped like ``log_decay``: decays may be negative.
         scale: Factor on q; None: K ** -0.5.
         initial_state: [B,H,K,V]; None: zeros.
-        backend: ``"reference"`` (token loop), ``"chunked"`` (torch), ``"triton"`` (GPU), or ``"auto"``: chunked,
-            unless the environment variable ARENA_BACKEND names another.
+        backend: ``"reference"`` (token loop), ``"chunked"`` (torch), ``"triton"`` (GPU), or
+            ``"auto"``: chunked, unless the environment variable ARENA_BACKEND names another.
 
     Returns:
-        Outputs [B,T,H,V] in the dtype of v, and the state after the last token [B,H,K,V] in float32 (float64 for
-        float64 inputs), which continues the sequence as ``initial_state``.
+        Outputs [B,T,H,V] in the dtype of v, and the state after the last token [B,H,K,V] in float32 (float64
+        for float64 inputs), which continues the sequence as ``initial_state``.
 
     Raises:
         ValueError: If a shape, dtype or backend is wrong; the message says what would be right.
@@ -105,9 +106,7 @@ def _check(
         if log_decay is None:
             raise ValueError("decay_sign needs log_decay (zeros, if only the sign matters)")
         if decay_sign.shape != log_decay.shape:
-            raise ValueError(
-                f"decay_sign must be shaped like log_decay, {list(log_decay.shape)}, not {list(decay_sign.shape)}"
-            )
+            raise ValueError(f"decay_sign must be {list(log_decay.shape)}, not {list(decay_sign.shape)}")
         if decay_sign.dtype == torch.bool or decay_sign.dtype.is_complex:
             raise ValueError(f"decay_sign must hold +1 and -1, not {decay_sign.dtype}")
     if initial_state is not None:

@@ -1,4 +1,4 @@
-"""The gated matrix memory, one token at a time: slow, obvious, and the truth that every fast path is held to."""
+"""The gated matrix memory, one token at a time: slow, obvious, the truth that every fast path is held to."""
 
 from __future__ import annotations
 

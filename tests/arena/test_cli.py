@@ -36,7 +36,7 @@ def arena(*arguments, cwd=None, **environment):
         text=True,
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -11,9 +11,11 @@ import matplotlib
 import numpy as np
 import polars as pl
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from arena.report.palette import family_order, look
 from arena.report.tables import scores
@@ -140,11 +142,11 @@ def _pen(colour: str, marker: str, dashed: bool) -> dict[str, Any]:
     }
 
 
-def _legend(archs: list[str]) -> list[Line2D]:
-    handles = [Line2D([], [], label=arch, **_pen(*look(arch))) for arch in archs]
+def _legend(archs: list[str]) -> list[Artist]:
+    handles: list[Artist] = [Line2D([], [], label=arch, **_pen(*look(arch))) for arch in archs]
     handles.append(Line2D([], [], label="one run", color="#555555", alpha=0.4, linewidth=0.8))
     handles.append(Line2D([], [], label="chance", color="#888888", linestyle=(0, (1, 2)), linewidth=1.5))
-    handles.append(Line2D([], [], label="trained lengths", color=_SHADE, linewidth=9))
+    handles.append(Patch(label="trained lengths", facecolor=_SHADE))
     return handles
 
 

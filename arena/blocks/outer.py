@@ -183,7 +183,11 @@ class _Unit(torch.autograd.Function):
     Written out because the composed operations take three times as long in their backward pass.
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, eps: float) -> Any:
+        """The last axis is the only one that matters, so replicas are one more leading axis."""
+        assert in_dims[0] is not None  # torch calls this only where something is mapped
+        return _Unit.apply(x.movedim(in_dims[0], 0), eps), (0, 0)
 
     @staticmethod
     def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

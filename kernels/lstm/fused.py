@@ -110,7 +110,7 @@ class _LSTMGradient(torch.autograd.Function):
                 dh = torch.baddbmm(dh_out[t - 1], flat[t], transposed)
         dh = torch.bmm(flat[0], transposed)
         before = torch.cat([h[:, :, None], out[:, :, :-1]], 2).flatten(1, 2)
-        d_gates = d_raw.permute(1, 2, 0, 3, 4)
+        d_gates = d_raw.permute(1, 2, 0, 3, 4).contiguous()
         d_recurrent = torch.bmm(before.transpose(1, 2), d_gates.reshape(G, B * T, 4 * D))
         return d_gates, d_recurrent.unflatten(2, (4, D)).transpose(1, 2), dh, dc
 

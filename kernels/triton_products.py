@@ -46,7 +46,10 @@ def product(a, a_low, b, b_low, PRECISION: tl.constexpr):
 
 @triton.jit
 def multiply(a, b, HALF: tl.constexpr, PRECISION: tl.constexpr):
-    """Matrix product of two fp32 tiles."""
+    """Matrix product of two tiles of any float type."""
+    if PRECISION != "half":
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     a, a_low = operand(a, HALF, PRECISION)
     b, b_low = operand(b, HALF, PRECISION)
     return product(a, a_low, b, b_low, PRECISION)

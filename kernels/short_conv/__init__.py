@@ -52,7 +52,7 @@ def short_conv(
     rows = (x.shape[0], weight.shape[0] - 1, x.shape[2])
     if initial_state is not None and initial_state.shape != rows:
         raise ValueError(f"initial_state must be [B,W-1,D] = {list(rows)}, got {tuple(initial_state.shape)}")
-    if resolve_backend(backend, ("fused", "reference")) == "reference":
+    if resolve_backend("short_conv", backend, ("fused", "reference")) == "reference":
         return short_conv_reference(x, weight, bias, activation, residual, initial_state)
     y = short_conv_fused(x, weight, bias, activation, residual, initial_state)
     return y, last_rows(x, initial_state, weight.shape[0] - 1)

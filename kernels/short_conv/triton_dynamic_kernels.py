@@ -60,11 +60,9 @@ def load_lag(
 
 @triton.jit
 def load_ranks(z_ptr, r, inside, R: tl.constexpr, BR: tl.constexpr):
-    """Rows of z, padded with zeros to BR ranks."""
+    """Rows of z in its own type, padded with zeros to BR ranks."""
     rr = tl.arange(0, BR)
-    return tl.load(
-        z_ptr + r[:, None] * R + rr[None, :], mask=inside[:, None] & (rr < R)[None, :], other=0.0
-    ).to(tl.float32)
+    return tl.load(z_ptr + r[:, None] * R + rr[None, :], mask=inside[:, None] & (rr < R)[None, :], other=0.0)
 
 
 @triton.jit
@@ -80,32 +78,18 @@ def taps_of(
         where = filters_ptr + r[:, None] * (W * Q) + j * Q + group[None, :]
         taps = tl.load(where, mask=inside[:, None] & in_d[None, :], other=0.0).to(tl.float32)
     if HAS_WEIGHT:
-        taps += weight[None, :]
+        taps += tl.load(weight, mask=in_d, other=0.0).to(tl.float32)[None, :]
     return taps
 
 
 @triton.jit
-def load_static(
-    u_ptr, weight_ptr, g, d, in_d, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
-    LOW_RANK: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
-    """What all tokens share: a tuple of W slices of U [BR, BD] and one of static taps [BD] (or of zeros)."""
-    mixers = ()
-    weights = ()
+def load_mixer(
+    u_ptr, g, j: tl.constexpr, d, in_d, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr
+):
+    """Lag j's slice of U, [BR, BD], in its own type: loaded where it is used, for it takes too many registers."""
     rr = tl.arange(0, BR)
-    for j in tl.static_range(W):
-        if LOW_RANK:
-            where = u_ptr + (g * R + rr)[:, None] * (W * D) + j * D + d[None, :]
-            u = tl.load(where, mask=(rr < R)[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-            mixers = mixers + (u,)
-        else:
-            mixers = mixers + (0.0,)
-        if HAS_WEIGHT:
-            w = tl.load(weight_ptr + (g * W + j) * D + d, mask=in_d, other=0.0).to(tl.float32)
-            weights = weights + (w,)
-        else:
-            weights = weights + (0.0,)
-    return mixers, weights
+    where = u_ptr + (g * R + rr)[:, None] * (W * D) + j * D + d[None, :]
+    return tl.load(where, mask=(rr < R)[:, None] & in_d[None, :], other=0.0)
 
 
 @triton.jit
@@ -156,7 +140,7 @@ def forward_kernel(
     first = (tl.program_id(0) % runs) * run
     g = n // B
     d, in_d, group = channels_of(tl.program_id(1), D, Q, BD, SPAN, LOW_RANK)
-    mixers, weights = load_static(u_ptr, weight_ptr, g, d, in_d, D, W, R, BR, LOW_RANK, HAS_WEIGHT)
+    weight_ptr += g * W * D
     r = tl.arange(0, BT)
     for t in range(first, tl.minimum(first + run, T), BT):
         row = n * T + t
@@ -169,18 +153,22 @@ def forward_kernel(
             pos = t + r
             home = n * (W - 1)
         z = 0.0
+        mixer = 0.0
         if LOW_RANK:
             z = load_ranks(z_ptr + row * R, r, inside, R, BR)
+            mixer = load_mixer(u_ptr, g, 0, d, in_d, D, W, R, BR)
         x = load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, 0, d, in_d, D, W, HAS_STATE)
         filters = filters_ptr + row * (W * Q)
         y = x * taps_of(
-            z, mixers[0], weights[0], filters, r, inside, 0, group, in_d,
+            z, mixer, weight_ptr + d, filters, r, inside, 0, group, in_d,
             W, Q, LOW_RANK, HAS_WEIGHT, HALF, PRECISION,
         )  # fmt: skip
         for j in tl.static_range(1, W):
+            if LOW_RANK:
+                mixer = load_mixer(u_ptr, g, j, d, in_d, D, W, R, BR)
             old = load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
             y += old * taps_of(
-                z, mixers[j], weights[j], filters, r, inside, j, group, in_d,
+                z, mixer, weight_ptr + j * D + d, filters, r, inside, j, group, in_d,
                 W, Q, LOW_RANK, HAS_WEIGHT, HALF, PRECISION,
             )  # fmt: skip
         where = row * D + r[:, None] * D + d[None, :]
@@ -254,12 +242,15 @@ def backward_kernel(
     g = n // B
     N = tl.num_programs(0) // runs
     d, in_d, group = channels_of(tile, D, Q, BD, SPAN, LOW_RANK)
-    mixers, weights = load_static(u_ptr, weight_ptr, g, d, in_d, D, W, R, BR, LOW_RANK, HAS_WEIGHT)
+    weight_ptr += g * W * D
     d_mixers = ()
     d_weights = ()
-    for _ in tl.static_range(W):
+    for _lag in tl.static_range(W):
         d_mixers = d_mixers + (tl.zeros((BR, BD if LOW_RANK else 1), tl.float32),)
-        d_weights = d_weights + (tl.zeros((BD if HAS_WEIGHT else 1,), tl.float32),)
+        d_weights = d_weights + (tl.zeros((BD if HAS_WEIGHT and not LOW_RANK else 1,), tl.float32),)
+    # row j: the sum of what lag j gives to its static taps, by a product with a row of ones
+    d_static = tl.zeros((16, BD if HAS_WEIGHT and LOW_RANK else 1), tl.float32)
+    lags = tl.arange(0, 16)
     r = tl.arange(0, BT)
     rr = tl.arange(0, BR)
     for t in range(first, tl.minimum(first + run, T), BT):
@@ -273,13 +264,15 @@ def backward_kernel(
             pos = t + r
             home = n * (W - 1)
         z = 0.0
+        mixer = 0.0
         if LOW_RANK:
             z = load_ranks(z_ptr + row * R, r, inside, R, BR)
+            mixer = load_mixer(u_ptr, g, 0, d, in_d, D, W, R, BR)
             dz = tl.zeros((BT, BR), tl.float32)
         filters = filters_ptr + row * (W * Q)
         dy, dc = load_upstream(dy_ptr + row * D, before_ptr + row * D, r, inside, d, in_d, D, SILU)
         taps = taps_of(
-            z, mixers[0], weights[0], filters, r, inside, 0, group, in_d,
+            z, mixer, weight_ptr + d, filters, r, inside, 0, group, in_d,
             W, Q, LOW_RANK, HAS_WEIGHT, HALF, PRECISION,
         )  # fmt: skip
         dx = dc * taps
@@ -288,15 +281,20 @@ def backward_kernel(
         sums_u = ()
         sums_w = ()
         for j in tl.static_range(W):
+            if LOW_RANK and j > 0:
+                mixer = load_mixer(u_ptr, g, j, d, in_d, D, W, R, BR)
             # what lag j gives to its taps: dc_t x_{t-j}
             p = dc * load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
-            if HAS_WEIGHT:
+            if HAS_WEIGHT and not LOW_RANK:
                 sums_w = sums_w + (d_weights[j] + tl.sum(p, 0),)
             else:
                 sums_w = sums_w + (d_weights[j],)
+            if HAS_WEIGHT and LOW_RANK:
+                ones = tl.where((lags == j)[:, None] & (r >= 0)[None, :], 1.0, 0.0)
+                d_static += multiply(ones, p, HALF, SUMS)
             if LOW_RANK:
                 sums_u = sums_u + (d_mixers[j] + multiply(tl.trans(z), p, HALF, SUMS),)
-                dz += multiply(p, tl.trans(mixers[j]), HALF, SUMS)
+                dz += multiply(p, tl.trans(mixer), HALF, SUMS)
             else:
                 sums_u = sums_u + (d_mixers[j],)
                 tiles: tl.constexpr = (D // Q + SPAN - 1) // SPAN
@@ -317,7 +315,7 @@ def backward_kernel(
                 up = (row + j) * D
                 _, dc_later = load_upstream(dy_ptr + up, before_ptr + up, r, later, d, in_d, D, SILU)
                 dx += dc_later * taps_of(
-                    z_later, mixers[j], weights[j], filters + j * (W * Q), r, later, j, group, in_d,
+                    z_later, mixer, weight_ptr + j * D + d, filters + j * (W * Q), r, later, j, group, in_d,
                     W, Q, LOW_RANK, HAS_WEIGHT, HALF, PRECISION,
                 )  # fmt: skip
         d_mixers = sums_u
@@ -332,5 +330,8 @@ def backward_kernel(
         if LOW_RANK:
             where = (part * R + rr)[:, None] * (W * D) + j * D + d[None, :]
             tl.store(du_ptr + where, d_mixers[j], mask=(rr < R)[:, None] & in_d[None, :])
-        if HAS_WEIGHT:
+        if HAS_WEIGHT and not LOW_RANK:
             tl.store(d_weight_ptr + (part * W + j) * D + d, d_weights[j], mask=in_d)
+    if HAS_WEIGHT and LOW_RANK:
+        where = (part * W + lags)[:, None] * D + d[None, :]
+        tl.store(d_weight_ptr + where, d_static, mask=(lags < W)[:, None] & in_d[None, :])

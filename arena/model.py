@@ -19,6 +19,9 @@ from arena.blocks.base import State, no_weight_decay
 from arena.blocks.outer import RMSNorm
 from arena.blocks.registry import near
 
+RESULT_VERSION = 1
+"""Bumped by hand when results of this part change; part of every run's id."""
+
 _STACK = re.compile(r"xlstm\[(\d+):(\d+)\]")
 _GELU_FACTOR = 1.3  # hidden width of the official sLSTM's gated MLP over d_model (2405.04517)
 

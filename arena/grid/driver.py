@@ -87,6 +87,7 @@ def run_experiment(
     problem = foreign_kernels()
     if problem is not None:
         raise ExperimentError(problem)
+    _gpus(device)  # refuse before planning, which tries the models out on the device
     runs = plan_runs(experiment, device=device)
     return train_runs(
         runs,

@@ -82,7 +82,9 @@ class ModelSection(_Strict):
 
 
 class ModelOverride(_Strict):
-    """``[overrides.NAME]``: what differs from ``[model]`` for one architecture; ``options`` are merged."""
+    """What differs from ``[model]`` on one task (``[tasks.model]``) or for one architecture
+    (``[overrides.NAME]``, which wins); ``options`` are merged.
+    """
 
     d_model: PositiveInt | None = None
     n_layers: PositiveInt | None = None
@@ -113,6 +115,8 @@ class TaskSection(_Strict):
     """Instead of ``[train] steps``."""
     batch_size: PositiveInt | None = None
     """Instead of ``[train] batch_size``."""
+    model: ModelOverride | None = None
+    """What differs from ``[model]`` on this task, for every architecture alike."""
 
     @model_validator(mode="after")
     def _ordered(self) -> TaskSection:

@@ -100,7 +100,7 @@ def result_versions(task: Any) -> dict[str, int]:
     }
     return {
         "task": task.version,
-        **{name: getattr(module, "RESULT_VERSION", 0) for name, module in parts.items()},
+        **{name: module.RESULT_VERSION for name, module in parts.items()},
     }
 
 
@@ -115,7 +115,11 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
     """
     from arena.training import Replica, TrainConfig
     from arena.training.data import valid_lengths
+    from kernels.backends import NAMES
 
+    wanted = os.environ.get("ARENA_BACKEND", "auto")
+    if wanted not in ("auto", *NAMES):
+        raise ExperimentError(f"ARENA_BACKEND is {wanted!r}{near(wanted, NAMES)}")
     section = experiment.train.model_dump(exclude_none=True)
     replica_fields = {key: section.pop(key) for key in ("warmup", "beta2", "clip") if key in section}
     replicas = [
@@ -124,7 +128,7 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
         for seed in experiment.seeds
     ]
     runs: list[Run] = []
-    for position, entry in enumerate(experiment.tasks):
+    for entry in experiment.tasks:
         task = _task(entry)
         own = entry.model_dump(include={"steps", "batch_size"}, exclude_none=True)
         lengths = {
@@ -137,7 +141,7 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
         except ValueError as error:
             raise ExperimentError(f"task {entry.name!r}: {one_line(error)}") from None
         for arch in experiment.archs:
-            model = _model(experiment, arch, task, build=position == 0)
+            model, backend = _model(experiment, arch, entry, task, device)
             shared = _plain(
                 {
                     "model": model,
@@ -146,7 +150,7 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
                     "versions": result_versions(task),
                     "device": device,
                     "dtype": "float32",
-                    "backend": backend_name(),
+                    "backend": backend,
                 }
             )
             runs += [
@@ -199,21 +203,6 @@ def split_fleet(fleet: Fleet) -> list[Fleet]:
     return [Fleet(runs=half) for half in (fleet.runs[:middle], fleet.runs[middle:]) if half]
 
 
-def backend_name() -> str:
-    """The implementation of the memory operator that will run.
-
-    Raises:
-        ExperimentError: ARENA_BACKEND names none.
-    """
-    from kernels.backends import resolve_backend
-    from kernels.gated_memory.operator import BACKENDS
-
-    wanted = os.environ.get("ARENA_BACKEND", "auto")
-    if wanted not in ("auto", *BACKENDS):
-        raise ExperimentError(f"ARENA_BACKEND is {wanted!r}{near(wanted, BACKENDS)}")
-    return resolve_backend("auto", BACKENDS)
-
-
 def _plain(value: Any) -> Any:
     """The value as JSON gives it back (tuples become lists).
 
@@ -254,14 +243,21 @@ def _task(entry: TaskSection) -> Any:
     )
 
 
-def _model(experiment: Experiment, arch: str, task: Any, *, build: bool) -> dict[str, Any]:
+def _model(
+    experiment: Experiment, arch: str, entry: TaskSection, task: Any, device: str
+) -> tuple[dict[str, Any], str]:
+    """The resolved model, and the backends that it runs on: one token goes through it to see."""
+    import torch
+
     from arena.model import ModelConfig, build_model
+    from kernels.backends import recording
 
     fields = experiment.model.model_dump(exclude_none=True)
-    if arch in experiment.overrides:
-        override = experiment.overrides[arch].model_dump(exclude_none=True)
-        override["options"] = {**fields["options"], **override["options"]}
-        fields.update(override)
+    for section in (entry.model, experiment.overrides.get(arch)):
+        if section is not None:
+            override = section.model_dump(exclude_none=True)
+            override["options"] = {**fields["options"], **override["options"]}
+            fields.update(override)
     try:
         config = ModelConfig(
             arch=arch,
@@ -270,9 +266,12 @@ def _model(experiment: Experiment, arch: str, task: Any, *, build: bool) -> dict
             tokens_per_position=task.tokens_per_position,
             **fields,
         )
-        if build:
-            build_model(config, seed=0)
+        model = build_model(config, seed=0).to(device)
+        shape = (1, 2) if config.tokens_per_position == 1 else (1, 2, config.tokens_per_position)
+        with recording() as used, torch.no_grad():
+            model(torch.zeros(shape, dtype=torch.int64, device=device))
     except (ValueError, TypeError) as error:
         text = one_line(error)
         raise ExperimentError(text if repr(arch) in text else f"architecture {arch!r}: {text}") from None
-    return {**asdict(config), "options": dict(config.options)}
+    backend = " ".join(f"{operator}={name}" for operator, name in sorted(used.items())) or "torch"
+    return {**asdict(config), "options": dict(config.options)}, backend

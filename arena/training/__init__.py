@@ -3,4 +3,15 @@
 from arena.training.config import METRICS, FleetOutOfMemory, Replica, ReplicaResult, TrainConfig
 from arena.training.fleet import train_fleet
 
-__all__ = ["METRICS", "FleetOutOfMemory", "Replica", "ReplicaResult", "TrainConfig", "train_fleet"]
+RESULT_VERSION = 1
+"""Bumped by hand when results of this part change; part of every run's id."""
+
+__all__ = [
+    "METRICS",
+    "RESULT_VERSION",
+    "FleetOutOfMemory",
+    "Replica",
+    "ReplicaResult",
+    "TrainConfig",
+    "train_fleet",
+]

@@ -60,7 +60,7 @@ def gated_memory(
         ValueError: If a shape, dtype or backend is wrong; the message says what would be right.
     """
     _check(q, k, v, log_decay, erase, write, decay_sign, initial_state)
-    name = resolve_backend(backend, BACKENDS)
+    name = resolve_backend("gated_memory", backend, BACKENDS)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, log_decay, erase, write, decay_sign, scale, initial_state)
     if name == "triton":

@@ -46,7 +46,7 @@ def lstm(
     if initial_state is None:
         initial_state = gates.new_zeros(B, D), gates.new_zeros(B, D)
     state = initial_state[0].to(work), initial_state[1].to(work)
-    chosen = resolve_backend(backend, ("fused", "reference"))
+    chosen = resolve_backend("lstm", backend, ("fused", "reference"))
     run = lstm_reference if chosen == "reference" else lstm_fused
     h, state = run(gates.to(work), recurrent.to(work), state)
     return h.to(gates.dtype), state

@@ -50,11 +50,8 @@ def dynamic_short_conv(
     width = _check(x, z, u, filters, bias, initial_state)
     if filters is not None:
         filters = filters.repeat_interleave(x.shape[2] // filters.shape[3], 3)
-    run = (
-        _loop
-        if resolve_backend("dynamic_short_conv", backend, ("fused", "reference")) == "reference"
-        else _passes
-    )
+    chosen = resolve_backend("dynamic_short_conv", backend, ("fused", "reference"))
+    run = _loop if chosen == "reference" else _passes
     y = run(x, z, u, filters, bias, width, initial_state)
     if activation == "silu":
         y = F.silu(y)

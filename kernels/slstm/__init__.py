@@ -60,7 +60,7 @@ def slstm(
         )
     work = torch.float64 if gates.dtype == torch.float64 else torch.float32
     can_compile = work == torch.float32 and gates.device.type == "cpu" and _has_numba()
-    backend = resolve_backend(backend, (*(["numba"] if can_compile else []), "fused", "reference"))
+    backend = resolve_backend("slstm", backend, (*(["numba"] if can_compile else []), "fused", "reference"))
     if initial_state is not None:
         h, c, n, m = initial_state
         initial_state = h.to(work), c.to(work), n.to(work), m.to(work)

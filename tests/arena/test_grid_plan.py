@@ -54,7 +54,7 @@ def test_the_product_is_planned_once_each():
         "params": {"supervision": "final"},
     }
     assert first["train"]["eval_examples"] > 0 and first["replica"]["beta2"] > 0, "defaults are filled in"
-    assert first["backend"] == "chunked" and first["device"] == "cpu"
+    assert first["backend"] == "gated_memory=chunked short_conv=fused" and first["device"] == "cpu"
 
 
 def test_ids_are_the_same_in_another_process():
@@ -128,7 +128,7 @@ def test_what_cannot_change_a_result_changes_no_id(changes):
 def test_the_backend_of_the_environment_is_in_the_id(monkeypatch):
     monkeypatch.setenv("ARENA_BACKEND", "reference")
     runs = runs_of()
-    assert runs[0].config["backend"] == "reference" and not {r.id for r in runs} & {r.id for r in RUNS}
+    assert runs[0].config["backend"] == "gated_memory=reference short_conv=reference" and not {r.id for r in runs} & {r.id for r in RUNS}
 
 
 def test_a_bumped_version_changes_the_ids(monkeypatch):

@@ -24,6 +24,7 @@ SPLITS = ("train", "valid", "test")
 EXHAUSTIBLE_BELOW = 1_000_000
 _MAX_ATTEMPTS = 20_000
 _BLOCK_TOKENS = 32_768
+_SMALL_ROUND = 4096
 
 
 class Batch(NamedTuple):
@@ -70,6 +71,11 @@ class Task:
     def n_classes(self) -> int:
         """Targets are in 0..n_classes-1."""
         raise NotImplementedError
+
+    @property
+    def needs_decoder(self) -> bool:
+        """Whether the targets are for a separate decoder head, not for the causal outputs (see `compression`)."""
+        return False
 
     @property
     def min_length(self) -> int:
@@ -181,8 +187,10 @@ class Task:
         length = tokens.shape[1]
         partitioned = not self.is_exhaustible(length)
         pending = np.arange(len(index))
-        # Several attempts a row at once save rounds and do not change the result: the first good one counts.
-        attempt, width = 0, 1 if split == "train" or not partitioned else 8
+        # Several attempts a row at once save rounds where little is left; seven in eight draws miss valid and test.
+        # Their number does not change the result: the first good one counts.
+        least = 1 if split == "train" or not partitioned else 4
+        attempt, width = 0, least
         while pending.size:
             if attempt > _MAX_ATTEMPTS:
                 raise ValueError(
@@ -203,7 +211,7 @@ class Task:
                 targets[pending[found]] = labels
                 pending = pending[~found]
             attempt += width
-            width = min(4 * width, 64)
+            width = min(max(_SMALL_ROUND // (length * max(len(pending), 1)), least), 64)
 
     @staticmethod
     def _belongs(draw: Draw, split: str) -> np.ndarray:

@@ -25,10 +25,12 @@ class FuzzyRecall(Task):
     Example: 1 4 9 12  3 0 8  1 4 9 -> at the second 4: 9, at the second 9: 12 (max_motif=2).
     Scored: the value tokens of every key that occurred before, each at the token before it.
     Source: MAD's fuzzy recall (baseline V 16, length 128, motifs up to 3). compat="mad": keys are drawn
-    from all motifs (repetitions are rare: some 4 scored tokens a sequence) and key_length="varied" has them
-    1 .. max_motif tokens long, as in its training; its test always uses the longest. With varied keys a
-    causal model cannot know whether a key is complete, so 100 % is out of its reach; hence "longest" is the
-    default. Its generator enumerates all motifs (3 s a sequence at V 128); this one draws them directly.
+    from all motifs (repetitions are rare: about 3.6 scored tokens a sequence, the public generator's test
+    has 4.4; how it pads and picks the probe is reconstructed from a description) and key_length="varied"
+    has them 1 .. max_motif tokens long, as in its training; its test always uses the longest. With varied
+    keys a causal model cannot know whether a key is complete, so 100 % is out of its reach; hence "longest"
+    is the default. Its generator enumerates all motifs (3 s a sequence at V 128); this one draws them
+    directly.
     Metric: accuracy at scored positions. Dials: max_motif, n_motifs (load), vocab_size, length.
     Chance: 2/V, one value token guessed always.
     Shortcuts: looking up the last token of the key alone ("match") scores 0.83 at length 64 with the

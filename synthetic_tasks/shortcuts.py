@@ -138,7 +138,7 @@ def _match(data: _Data, answer_of: np.ndarray, otherwise: np.ndarray, block: int
     return guess
 
 
-def _linear(fit: _Data, test: _Data, vocab_size: int, n_classes: int, limit: int = 8192) -> np.ndarray | None:
+def _linear(fit: _Data, test: _Data, vocab_size: int, n_classes: int, limit: int = 4096) -> np.ndarray | None:
     """Softmax regression on counts, share of counts and a constant; None where it would be too large."""
     if max(vocab_size, n_classes) > _LARGEST_LINEAR:
         return None
@@ -153,8 +153,8 @@ def _linear(fit: _Data, test: _Data, vocab_size: int, n_classes: int, limit: int
     many = min(len(fit.row), limit)
     x, y = features(fit, many), torch.from_numpy(fit.answer[:many])
     weight = torch.zeros(x.shape[1], n_classes, requires_grad=True)
-    optimizer = torch.optim.Adam([weight], lr=0.1)
-    for _ in range(200):
+    optimizer = torch.optim.Adam([weight], lr=0.2)
+    for _ in range(100):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(x @ weight, y).backward()
         optimizer.step()

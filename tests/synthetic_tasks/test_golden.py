@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).with_name("golden.json")
 
 
 def digests():
-    """For every task and version: a hash of a few samples of all splits at two lengths, default parameters."""
+    """For every task and version: a hash of samples of all splits at two lengths, default parameters."""
     found = {}
     for name in synthetic_tasks.names():
         task = synthetic_tasks.get(name)

@@ -114,6 +114,13 @@ def test_show_cuts_long_sequences():
     assert text.endswith("... 3840 more")
 
 
+@pytest.mark.parametrize("name", [name for name in synthetic_tasks.names() if name.startswith("niah")])
+def test_needles_at_32k(name):
+    task = synthetic_tasks.get(name)
+    batch = task.sample(2, length=32_768, split="test")
+    assert batch.tokens.shape == (2, 32_768) and torch.equal(task.solve(batch.tokens), batch.targets)
+
+
 def test_bench_and_shortcut_tables_print(capsys):
     bench.main(["parity", "--length", "24", "--batch-size", "8"])
     assert "sequences/s" in capsys.readouterr().out

@@ -7,6 +7,7 @@ runs the same kernels on CPU tensors (slowly).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,9 @@ def gated_memory_triton(
 ) -> tuple[Tensor, Tensor]:
     """Run the gated memory (see :func:`kernels.gated_memory` for shapes and meaning) with the Triton kernels.
 
-    The state, the sums of log decays and the triangular solve are fp32; for fp32 inputs so are the other
-    products, for 16-bit inputs those take tf32 operands. Deterministic. Any T; head dimensions to 256.
+    The state, the sums of log decays and the triangular solve are fp32; so are the other products, but for
+    bf16 inputs those that feed the state are good to 2^-16 and the rest take bf16 operands. Deterministic.
+    Any T; head dimensions to 256.
 
     Raises:
         ValueError: for float64 inputs (use ``backend="reference"``) or a head dimension above 256.
@@ -52,8 +54,8 @@ def gated_memory_triton(
         )
     T = q.shape[1]
     if T == 1 and not torch.is_grad_enabled() and not transforms_active():
-        gates = (None if x is None else x[:, 0] for x in (log_decay, erase, write, decay_sign))
-        o, state = step(q[:, 0], k[:, 0], v[:, 0], *gates, scale, initial_state)
+        gates = [None if x is None else x[:, 0] for x in (log_decay, erase, write, decay_sign)]
+        o, state = step(q[:, 0], k[:, 0], v[:, 0], *gates, scale=scale, state=initial_state)
         return o[:, None], state
     sign = None
     if decay_sign is not None and log_decay is not None and T > 0:
@@ -61,9 +63,9 @@ def gated_memory_triton(
         sign = (1 - 2 * ((decay_sign < 0).cumsum(1) % 2)).to(q.dtype)
         sign = sign[..., None] if sign.dim() == 3 else sign
         q, k = q * sign, k * sign
-    o, state, *_ = GatedMemory.apply(
-        q, k, v, log_decay, erase, write, initial_state, scale, torch.is_grad_enabled()
-    )
+    keep = torch.is_grad_enabled()
+    run = GatedMemory.apply if keep or transforms_active() else GatedMemory.forward  # apply() costs time
+    o, state, *_ = run(q, k, v, log_decay, erase, write, initial_state, scale, keep)
     if sign is not None:
         state = state * sign[:, -1, :, :, None].to(state.dtype)
     return o, state
@@ -77,13 +79,13 @@ def step(
     erase: Tensor | None,
     write: Tensor | None,
     decay_sign: Tensor | None,
+    *,
     scale: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One token without gradients: all shapes as above less the time axis; the given state is not changed."""
-    q, k, v, log_decay, erase, write, decay_sign, state = contiguous(
-        q, k, v, log_decay, erase, write, decay_sign, state
-    )
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    log_decay, erase, write, decay_sign, state = contiguous(log_decay, erase, write, decay_sign, state)
     B, H, K = k.shape
     V = v.shape[-1]
     o = torch.empty_like(v)
@@ -121,18 +123,43 @@ class Launch:
     """Chunks whose loads are under way at once; each takes its share of shared memory."""
 
 
-def launch_of(B: int, H: int, K: int, V: int) -> Launch:
-    """The settings for a shape, by measurement (``python -m kernels.gpu_check sweep``)."""
-    width = max(block_of(K), block_of(V))
+def launch_of(k: Tensor, v: Tensor, log_decay: Tensor | None) -> Launch:
+    """The settings for a shape, by measurement on a H100 (``python -m kernels.gpu_check sweep``).
+
+    No chunk of 64: its products take Hopper's warp-group instructions, and with Triton 3.6 they are slower
+    here and in one setting read outside of memory.
+    """
+    B, _, H, K = k.shape
+    width = max(block_of(K), block_of(v.shape[-1]))
     many = B * H >= 1024
+    narrow = narrow_products(k, v)
     if width <= 32:
-        warps = 1 if many else 2
-        return Launch(chunk=16, value_block=32, scores_warps=1, state_warps=warps, chunk_warps=2, stages=3)
+        return Launch(
+            chunk=16,
+            value_block=32,
+            scores_warps=0 if many else 1,
+            state_warps=1 if many else 2,
+            chunk_warps=1 if narrow else 2,
+            stages=3,
+        )
     if width <= 64:
-        return Launch(chunk=16, value_block=64, scores_warps=1, state_warps=4, chunk_warps=4, stages=3)
+        warps = 2 if narrow else 4
+        return Launch(chunk=16, value_block=64, scores_warps=1, state_warps=4, chunk_warps=warps, stages=3)
+    if width <= 128 and narrow:
+        channel = kind_of(log_decay) == 2
+        warps = 8 if channel else 4
+        block = 64 if channel else 32
+        return Launch(
+            chunk=32, value_block=block, scores_warps=4, state_warps=warps, chunk_warps=warps, stages=2
+        )
     if width <= 128:
         return Launch(chunk=32, value_block=32, scores_warps=4, state_warps=4, chunk_warps=8, stages=2)
     return Launch(chunk=16, value_block=32, scores_warps=4, state_warps=8, chunk_warps=8, stages=1)
+
+
+def narrow_products(k: Tensor, v: Tensor) -> bool:
+    """Whether products may take 16-bit operands: only where keys and values are bf16 themselves."""
+    return k.dtype == v.dtype == torch.bfloat16
 
 
 def block_of(width: int) -> int:
@@ -152,15 +179,15 @@ class GatedMemory(torch.autograd.Function):
         q, k, v, log_decay, erase, write, initial = contiguous(q, k, v, log_decay, erase, write, initial)
         B, T, H, K = k.shape
         V = v.shape[-1]
-        launch = launch_of(B, H, K, V)
+        launch = launch_of(k, v, log_decay)
         n_chunks = triton.cdiv(T, launch.chunk)
         fused = launch.scores_warps == 0
 
         o = torch.empty_like(v)
         final = torch.empty(B, H, K, V, dtype=torch.float32, device=v.device)
         # the copies are operands of products alone, so they may take the products' type
-        narrow = torch.bfloat16 if k.dtype == v.dtype == torch.bfloat16 else torch.float32
-        states = torch.empty(B, H, n_chunks if keep else 0, K, V, dtype=narrow, device=v.device)
+        copies = torch.bfloat16 if narrow_products(k, v) else torch.float32
+        states = torch.empty(B, H, n_chunks if keep else 0, K, V, dtype=copies, device=v.device)
         squares = torch.empty(
             B, H, n_chunks if keep or not fused else 0, 1 if erase is None else 2, launch.chunk, launch.chunk,
             dtype=torch.float32, device=v.device,
@@ -194,9 +221,9 @@ class GatedMemory(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, d_final, *_):
         """Hand over to the backward's own function, which has a batching rule of its own."""
-        # its rule matters only under a transform; apply() costs more than a small launch
+        # the function matters only to a transform or a second derivative, and apply() costs time
         plain = not torch.is_grad_enabled() and not transforms_active()
-        run = GatedMemoryBackward.forward if plain else GatedMemoryBackward.apply
+        run: Callable = GatedMemoryBackward.forward if plain else GatedMemoryBackward.apply
         return (*run(*ctx.saved_tensors, do, d_final, ctx.scale), None, None)
 
     @staticmethod
@@ -218,7 +245,7 @@ class GatedMemoryBackward(torch.autograd.Function):
         )
         B, T, H, K = k.shape
         V = v.shape[-1]
-        launch = launch_of(B, H, K, V)
+        launch = launch_of(k, v, log_decay)
         n_chunks = triton.cdiv(T, launch.chunk)
         dq, dk, dv, d_log_decay, d_erase, d_write = (
             None if x is None else torch.empty_like(x) for x in (q, k, v, log_decay, erase, write)
@@ -265,14 +292,15 @@ class GatedMemoryBackward(torch.autograd.Function):
 
 def constants(k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, launch: Launch) -> dict:
     """The compile-time arguments that all kernels take."""
-    full = k.dtype == torch.float32 or v.dtype == torch.float32
     exact = "split" if v.is_cuda and torch.version.hip is None else "ieee"
+    narrow = narrow_products(k, v) and exact == "split"
     return {
         "C": launch.chunk,
         "DECAY": kind_of(log_decay),
         "ERASE": kind_of(erase),
         "RAGGED": k.shape[1] % launch.chunk != 0,
-        "PRECISION": exact if full or exact == "ieee" else "tf32",
+        "PRECISION": "bf16" if narrow else exact,
+        "CARRY": "pair" if narrow else exact,
         "EXACT": exact,
         "num_stages": launch.stages,
     }
@@ -288,7 +316,7 @@ def kind_of(gate: Tensor | None) -> int:
     return 0 if gate is None else gate.dim() - 2
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def contiguous(*tensors: Tensor | None) -> list:
     """Row-major copies where needed: the kernels address by shape."""
     return [None if x is None else x.contiguous() for x in tensors]
 

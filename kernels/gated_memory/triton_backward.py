@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.gated_memory.triton_tiles import (
-    LOG_FLOOR,
+    LOG2_FLOOR,
     chunk_decay,
     dot,
     level_pairs,
@@ -53,6 +53,7 @@ def state_backward_kernel(
     HAS_INITIAL: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
+    CARRY: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """From the last chunk to the first: dR = X^T (A^T dO + Kbar dS), dS <- D dS + Qbar^T dO - Ebar^T dR."""
@@ -86,15 +87,14 @@ def state_backward_kernel(
             e *= before
             k *= after
         if ERASE != 0:
-            dz = dot(tl.trans(load_square(squares_ptr, at * SQUARES, C)), do, PRECISION) + dot(
-                k, d_state, PRECISION
-            )
-            dz = dot(tl.trans(load_square(squares_ptr, at * SQUARES + 1, C)), dz, PRECISION)
+            dz = dot(tl.trans(load_square(squares_ptr, at * SQUARES, C)), do, PRECISION)
+            dz += dot(k, d_state, CARRY)
+            dz = dot(tl.trans(load_square(squares_ptr, at * SQUARES + 1, C)), dz, CARRY)
         if DECAY != 0:
             d_state *= whole
         d_state += dot(tl.trans(q), do, PRECISION)
         if ERASE != 0:
-            d_state -= dot(tl.trans(e), dz, PRECISION)
+            d_state -= dot(tl.trans(e), dz, CARRY)
     if HAS_INITIAL:
         tl.store(d_initial_ptr + n * K * V + cell, d_state, mask=inside)
 
@@ -128,7 +128,7 @@ def scores_backward(
         for level in range(LEVELS):
             pairs = level_pairs(C, level)
             sums = level_sums(C, level)
-            factor = tl.exp(sum_rows(sums, log_decay, EXACT))
+            factor = tl.exp2(sum_rows(sums, log_decay, EXACT))
             key = k * factor
             d_pairs = tl.where(pairs, d_scores, 0.0)
             share = dot(d_pairs, key, PRECISION) * factor
@@ -197,6 +197,7 @@ def chunk_backward_kernel(
     WRITE: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
+    CARRY: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """One chunk a program, from the state that enters it and the gradient of the one that leaves it."""
@@ -249,8 +250,8 @@ def chunk_backward_kernel(
             z = v * write
         dz = dot(scores, do, PRECISION) + dot(k_out, d_state, PRECISION)
         if ERASE != 0:
-            z = dot(x, z - dot(e_in, state, PRECISION), PRECISION)
-            dz = dot(tl.trans(x), dz, PRECISION)
+            z = dot(x, z - dot(e_in, state, PRECISION), CARRY)
+            dz = dot(tl.trans(x), dz, CARRY)
             d_t -= dot(dz, tl.trans(z), PRECISION)
             de -= dot(dz, tl.trans(state), PRECISION)
         d_scores += dot(do, tl.trans(z), PRECISION)
@@ -297,10 +298,10 @@ def chunk_backward_kernel(
         q, k, e, log_decay, d_scores, d_t, dq, dk, de, dg, C, LEVELS, DECAY, ERASE, PRECISION, EXACT
     )
     if DECAY == 2:
-        dg = tl.where(log_decay > LOG_FLOOR, dg, 0.0)
+        dg = tl.where(log_decay > LOG2_FLOOR, dg, 0.0)
         store_gate(d_log_decay_ptr + first * K, dg, rows, T, H, K, kk, 2, RAGGED_K)
     elif DECAY == 1:
-        dg = tl.where(log_decay > LOG_FLOOR, dg, 0.0)
+        dg = tl.where(log_decay > LOG2_FLOOR, dg, 0.0)
         store_gate(d_log_decay_ptr + first, dg, rows, T, H, K, kk, 1, RAGGED)
     if ERASE == 2:
         store_gate(d_erase_ptr + first * K, de * k, rows, T, H, K, kk, 2, RAGGED_K)

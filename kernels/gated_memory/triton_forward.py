@@ -39,6 +39,7 @@ def scores_kernel(
     ERASE: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
+    CARRY: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """A and X = (I + T)^-1 of one chunk a program."""
@@ -52,7 +53,7 @@ def scores_kernel(
         q_ptr, k_ptr, log_decay_ptr, erase_ptr, first, rows, T, H, scale,
         K, tl.arange(0, BK), DECAY, ERASE, RAGGED or (K != BK),
     )  # fmt: skip
-    scores, x = chunk_scores(q, k, k * erase, log_decay, C, LEVELS, DECAY, ERASE, PRECISION, EXACT)
+    scores, x = chunk_scores(q, k, k * erase, log_decay, C, LEVELS, DECAY, ERASE, PRECISION, CARRY, EXACT)
     store_square(squares_ptr, scores, (n * n_chunks + chunk) * SQUARES, C)
     if ERASE != 0:
         store_square(squares_ptr, x, (n * n_chunks + chunk) * SQUARES + 1, C)
@@ -88,6 +89,7 @@ def forward_kernel(
     FUSED: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
+    CARRY: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """Outputs and the last state: R = X (Z - Ebar S), O = Qbar S + A R, S <- D S + Kbar^T R chunk by chunk.
@@ -124,7 +126,7 @@ def forward_kernel(
             z *= load_gate(write_ptr + first, rows, T, H, V, vv, 1, RAGGED)
         e = k * erase
         if FUSED:
-            scores, x = chunk_scores(q, k, e, log_decay, C, LEVELS, DECAY, ERASE, PRECISION, EXACT)
+            scores, x = chunk_scores(q, k, e, log_decay, C, LEVELS, DECAY, ERASE, PRECISION, CARRY, EXACT)
             if STORE:
                 store_square(squares_ptr, scores, at * SQUARES, C)
                 if ERASE != 0:
@@ -140,10 +142,10 @@ def forward_kernel(
             e *= before
             k *= after
         if ERASE != 0:
-            z = dot(x, z - dot(e, state, PRECISION), PRECISION)
+            z = dot(x, z - dot(e, state, CARRY), CARRY)
         o = dot(q, state, PRECISION) + dot(scores, z, PRECISION)
         store_rows(o_ptr + first * V, o, rows, T, H * V, V, vv, RAGGED or (V % BV != 0))
         if DECAY != 0:
             state *= whole
-        state += dot(tl.trans(k), z, PRECISION)
+        state += dot(tl.trans(k), z, CARRY if ERASE != 0 else PRECISION)
     tl.store(final_ptr + n * K * V + cell, state, mask=inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gated_memory.triton_tiles import LOG_FLOOR
+from kernels.gated_memory.triton_tiles import LOG2_E, LOG2_FLOOR
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def step_kernel(
                 log_decay = tl.load(log_decay_ptr + n * K + kk, mask=in_k, other=0.0).to(tl.float32)
             else:
                 log_decay = tl.load(log_decay_ptr + n).to(tl.float32) + tl.zeros((BK,), tl.float32)
-            decay = tl.exp(tl.maximum(log_decay, LOG_FLOOR))
+            decay = tl.exp2(tl.maximum(log_decay * LOG2_E, LOG2_FLOOR))
             if SIGN == 2:
                 decay *= tl.load(sign_ptr + n * K + kk, mask=in_k, other=1.0).to(tl.float32)
             elif SIGN == 1:

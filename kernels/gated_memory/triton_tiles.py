@@ -12,6 +12,10 @@ the exponential of a sum of log decays (<= 0) that is summed afresh, so nothing 
 difference of large sums, and no later gate enters. The same recursion gives X = (I + T)^-1 by substitution
 of blocks: X <- X - X T_m X, exact at every level.
 
+Products come in three precisions, which are one and the same for fp32 inputs: EXACT for the sums of log
+decays and the solve; CARRY for what the erase feeds back into the state, where the error of a repeated key
+repeats at every token; PRECISION for the rest.
+
 Gate kinds are compile-time numbers: 0 absent, 1 one scalar a token, 2 one value a channel. The levels run in
 a loop and not unrolled: unrolled, their masks are kept in registers all through the sequence, and all spills.
 """
@@ -21,8 +25,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# exp(-200) is 0 in fp32: a log decay below it, -inf included, erases exactly, and its gradient is 0.
-LOG_FLOOR = tl.constexpr(-200.0)
+# Log decays are taken to base 2 as they are loaded. 2^-256 is 0 in fp32: what lies below it, -inf included,
+# erases exactly, and its gradient is 0.
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_FLOOR = tl.constexpr(-256.0)
 
 
 @triton.jit
@@ -36,8 +42,8 @@ def halves(x):
 def dot(a, b, PRECISION: tl.constexpr):
     """Matrix product with fp32 accumulation.
 
-    ``split`` takes three tf32 products of halves (good to about 2^-23); ``bf16`` rounds the operands;
-    ``tf32`` and ``ieee`` are Triton's.
+    ``split`` takes three tf32 products of halves (good to about 2^-23), ``pair`` three bf16 products of
+    halves (2^-16), ``bf16`` one of rounded operands (2^-8); ``ieee`` is Triton's.
     """
     if PRECISION == "split":
         a_high, a_low = halves(a)
@@ -45,10 +51,16 @@ def dot(a, b, PRECISION: tl.constexpr):
         product = tl.dot(a_low, b_high, input_precision="tf32")
         product = tl.dot(a_high, b_low, product, input_precision="tf32")
         product = tl.dot(a_high, b_high, product, input_precision="tf32")
+    elif PRECISION == "pair":
+        a_high = a.to(tl.bfloat16)
+        b_high = b.to(tl.bfloat16)
+        product = tl.dot((a - a_high.to(tl.float32)).to(tl.bfloat16), b_high)
+        product = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.bfloat16), product)
+        product = tl.dot(a_high, b_high, product)
     elif PRECISION == "bf16":
         product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:
-        product = tl.dot(a, b, input_precision=PRECISION)
+        product = tl.dot(a, b, input_precision="ieee")
     return product
 
 
@@ -127,7 +139,7 @@ def load_keys(
     ERASE: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """The key side of a chunk: scaled q, k, the erase gate and the log decay (absent gates: k stands in)."""
+    """The key side of a chunk: scaled q, k, the erase gate, the log2 decay (k stands in for absent gates)."""
     q = load_rows(q_ptr + first * K, rows, T, H * K, K, kk, RAGGED) * scale
     k = load_rows(k_ptr + first * K, rows, T, H * K, K, kk, RAGGED)
     erase = k
@@ -137,9 +149,11 @@ def load_keys(
     elif ERASE == 1:
         erase = load_gate(erase_ptr + first, rows, T, H, K, kk, 1, RAGGED)
     if DECAY == 2:
-        log_decay = tl.maximum(load_gate(log_decay_ptr + first * K, rows, T, H, K, kk, 2, RAGGED), LOG_FLOOR)
+        log_decay = load_gate(log_decay_ptr + first * K, rows, T, H, K, kk, 2, RAGGED)
     elif DECAY == 1:
-        log_decay = tl.maximum(load_gate(log_decay_ptr + first, rows, T, H, K, kk, 1, RAGGED), LOG_FLOOR)
+        log_decay = load_gate(log_decay_ptr + first, rows, T, H, K, kk, 1, RAGGED)
+    if DECAY != 0:
+        log_decay = tl.maximum(log_decay * LOG2_E, LOG2_FLOOR)
     return q, k, erase, log_decay
 
 
@@ -191,14 +205,14 @@ def chunk_decay(log_decay, C: tl.constexpr, KIND: tl.constexpr, EXACT: tl.conste
     t = tl.arange(0, C)[:, None]
     i = tl.arange(0, C)[None, :]
     if KIND == 2:
-        before = tl.exp(sum_rows(mask_of(i <= t), log_decay, EXACT))
-        after = tl.exp(sum_rows(mask_of(i > t), log_decay, EXACT))
-        whole = tl.exp(tl.sum(log_decay, 0))[:, None]
+        before = tl.exp2(sum_rows(mask_of(i <= t), log_decay, EXACT))
+        after = tl.exp2(sum_rows(mask_of(i > t), log_decay, EXACT))
+        whole = tl.exp2(tl.sum(log_decay, 0))[:, None]
     else:
         row = tl.trans(tl.broadcast_to(log_decay, (C, C)))
-        before = tl.exp(tl.sum(tl.where(i <= t, row, 0.0), 1))[:, None]
-        after = tl.exp(tl.sum(tl.where(i > t, row, 0.0), 1))[:, None]
-        whole = tl.exp(tl.sum(log_decay, 0))[:, None]
+        before = tl.exp2(tl.sum(tl.where(i <= t, row, 0.0), 1))[:, None]
+        after = tl.exp2(tl.sum(tl.where(i > t, row, 0.0), 1))[:, None]
+        whole = tl.exp2(tl.sum(log_decay, 0))[:, None]
     return before, after, whole
 
 
@@ -209,7 +223,7 @@ def pair_decay(log_decay, C: tl.constexpr, EXACT: tl.constexpr):
     s = tl.arange(0, C)[None, :]
     # sum over s < i <= r, as (i <= r) @ (g_i where i > s)
     sums = sum_rows(mask_of(s <= r), tl.where(r > s, tl.broadcast_to(log_decay, (C, C)), 0.0), EXACT)
-    return tl.where(r >= s, tl.exp(sums), 0.0)
+    return tl.where(r >= s, tl.exp2(sums), 0.0)
 
 
 @triton.jit
@@ -223,6 +237,7 @@ def chunk_scores(
     DECAY: tl.constexpr,
     ERASE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CARRY: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """Scores A [C, C] (decay and diagonal included) and the inverse X = (I + T)^-1 [C, C] of one chunk."""
@@ -233,11 +248,11 @@ def chunk_scores(
         scores = tl.where(r == s, tl.sum(q * k, 1)[:, None], 0.0)
         for level in range(LEVELS):
             pairs = level_pairs(C, level)
-            factor = tl.exp(sum_rows(level_sums(C, level), log_decay, EXACT))
+            factor = tl.exp2(sum_rows(level_sums(C, level), log_decay, EXACT))
             key = tl.trans(k * factor)
             scores += tl.where(pairs, dot(q * factor, key, PRECISION), 0.0)
             if ERASE != 0:
-                t_level = tl.where(pairs, dot(e * factor, key, PRECISION), 0.0)
+                t_level = tl.where(pairs, dot(e * factor, key, CARRY), 0.0)
                 x -= dot(dot(x, t_level, EXACT), x, EXACT)
     else:
         key = tl.trans(k)
@@ -246,7 +261,7 @@ def chunk_scores(
             between = pair_decay(log_decay, C, EXACT)
             scores *= between
         if ERASE != 0:
-            t = dot(e, key, PRECISION)
+            t = dot(e, key, CARRY)
             if DECAY == 1:
                 t *= between
             for level in range(LEVELS):

@@ -77,6 +77,8 @@ class Launch:
     """Warps a program."""
     stages: int
     """Depth of Triton's software pipeline."""
+    registers: int | None = None
+    """Registers a thread at most, so that more programs fit on the chip; None: as many as there are."""
     sums: str
     """Precision of the products that sum dU and dz; see ``triton_products.py``."""
 
@@ -263,6 +265,8 @@ def geometry(
         "num_warps": launch.warps,
         "num_stages": launch.stages,
     }
+    if launch.registers is not None and x.is_cuda:
+        names["maxnreg"] = launch.registers
     states = B if state is None else state.shape[1]
     return (G * B * triton.cdiv(T, run), tiles), (T, run, B, states), names
 

@@ -179,6 +179,15 @@ def evaluate(tokens: np.ndarray, modulus: int) -> np.ndarray:
     return value[:, 0]
 
 
+@functools.lru_cache(maxsize=256)
+def _expressions(length: int, modulus: int, n_ops: int) -> int:
+    """The number of bracketed expressions: the grammar is unambiguous."""
+    count = [0] + [modulus] * 4
+    for size in range(5, length + 1):
+        count.append(n_ops * sum(count[left] * count[size - 3 - left] for left in range(1, size - 3)))
+    return count[length]
+
+
 @functools.lru_cache(maxsize=16)
 def _value_law(length: int, modulus: int, product: bool) -> np.ndarray:
     digits = np.arange(modulus)
@@ -238,9 +247,8 @@ class ModArithmeticBrackets(Task):
         return float(_value_law(length - 1, self.modulus, self.product).max())
 
     def space(self, length: int) -> int:
-        """At least one digit in every five tokens and one operator for each but one of them."""
-        digits = max((length - 1) // 5, 1)
-        return self.modulus**digits * 2 ** (digits - 1)
+        """All expressions (from 60 tokens on, those of 60)."""
+        return _expressions(min(length - 1, 60), self.modulus, 3 if self.product else 2)
 
     def _generate(self, rows: Rows, length: int) -> Draw:
         body, value = bracketed(rows, length - 1, self.modulus, 3 if self.product else 2)

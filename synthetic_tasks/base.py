@@ -74,7 +74,7 @@ class Task:
 
     @property
     def needs_decoder(self) -> bool:
-        """Whether the targets are for a separate decoder head, not for the causal outputs (see `compression`)."""
+        """Whether the targets are for a separate decoder head, not for causal outputs (`compression`)."""
         return False
 
     @property
@@ -187,8 +187,8 @@ class Task:
         length = tokens.shape[1]
         partitioned = not self.is_exhaustible(length)
         pending = np.arange(len(index))
-        # Several attempts a row at once save rounds where little is left; seven in eight draws miss valid and test.
-        # Their number does not change the result: the first good one counts.
+        # Several attempts a row at once save rounds where little is left; seven in eight draws miss valid and
+        # test. Their number does not change the result: the first good one counts.
         least = 1 if split == "train" or not partitioned else 4
         attempt, width = 0, least
         while pending.size:

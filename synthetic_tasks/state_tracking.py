@@ -288,7 +288,7 @@ class StateRecall(Task):
         return targets
 
     def token_name(self, token: int) -> str:
-        """Bits, `?`, names `pA` .., indices `#7`."""
+        """Bits, `?`, names `p0`, indices `#7`."""
         if token < 3:
             return "01?"[token]
         token -= 3

@@ -48,14 +48,15 @@ class VariableKeyMQAR(Task):
     Metric: accuracy. Dials: max_key_tokens (composition), n_pairs (load), n_key_tokens (fewer: more shared
     tokens), length.
     Chance: 1/n_pairs + (1 - 1/n_pairs)/n_value_tokens, a value of the context picked blindly. Looking up
-    the last token of the key alone does better: "match" in the shortcut table.
+    the last token of the key alone does better: 0.61
+    at length 64 ("match" among the shortcuts), more with more key tokens.
     """
 
     n_pairs: int = 8
     """Key-value pairs."""
     max_key_tokens: int = 3
     """Longest key."""
-    n_key_tokens: int = 12
+    n_key_tokens: int = 6
     """Alphabet of the keys, at least max_key_tokens."""
     n_value_tokens: int = 64
     """Size of the values' vocabulary."""

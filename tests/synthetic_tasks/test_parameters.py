@@ -43,7 +43,7 @@ WRONG = [
     ("mqar", {"power": 1.5}, "power must be a number from 0 to 1"),
     ("mqar", {"filler": "zero"}, "filler must be one of 'blank', 'noise'"),
     ("mqar", {"compat": "mad"}, "compat must be one of 'none', 'zoology'"),
-    ("variable_key_mqar", {"n_pairs": 400}, "n_pairs=400 needs 800 keys, there are 628"),
+    ("variable_key_mqar", {"n_pairs": 400}, "n_pairs=400 needs 800 keys, there are 86"),
     ("variable_key_mqar", {"max_key_tokens": 5}, "max_key_tokens must be an integer from 1 to 4"),
     ("in_context_recall", {"vocab_size": 15}, "vocab_size must be even, got 15"),
     ("noisy_recall", {"noise_fraction": 1.2}, "noise_fraction must be a number from 0 to 1"),

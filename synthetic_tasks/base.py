@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ SPLITS = ("train", "valid", "test")
 EXHAUSTIBLE_BELOW = 1_000_000
 _MAX_ATTEMPTS = 20_000
 _BLOCK_TOKENS = 32_768
-_SMALL_ROUND = 4096
+_SMALL_ROUND = 6144
 
 
 class Batch(NamedTuple):
@@ -159,46 +160,76 @@ class Task:
         Raises:
             ValueError: an illegal length, an unknown split, a negative index.
         """
+        tokens, targets = self.sample_seeds([seed], batch_size, length, index, split)
+        return Batch(tokens[0], targets[0])
+
+    def sample_seeds(
+        self,
+        seeds: Sequence[int],
+        batch_size: int = 1,
+        length: int = 64,
+        index: int = 0,
+        split: str = "train",
+    ) -> Batch:
+        """`sample` for several seeds in one call, which is faster.
+
+        Returns:
+            Tokens [S,B,T] or [S,B,T,C] and targets [S,B,T]; entry s is what `sample` gives for seed s.
+
+        Raises:
+            ValueError: as `sample`.
+        """
         self.check_length(length)
         if split not in SPLITS:
             raise ValueError(f"{self.name}: split {split!r} is unknown; use one of {', '.join(SPLITS)}")
         if batch_size < 1 or index < 0:
-            raise ValueError(
-                f"{self.name}: batch_size must be >= 1 and index >= 0, got {batch_size} and {index}"
-            )
-        key = hash_key(RESULT_VERSION, self.name, self.version, self.params, int(length), split, int(seed))
-        tokens, targets = self._outputs(batch_size, length)
+            right = "batch_size must be >= 1 and index >= 0"
+            raise ValueError(f"{self.name}: {right}, got {batch_size} and {index}")
+        length, rows = int(length), len(seeds) * batch_size
+        keys = np.array([hash_key(self._identity, length, split, int(seed)) for seed in seeds], np.uint64)
+        key, number = np.repeat(keys, batch_size), np.tile(np.arange(index, index + batch_size), len(seeds))
+        wide = (length,) if self.tokens_per_position == 1 else (length, self.tokens_per_position)
+        tokens, targets = np.empty((rows, *wide), np.int64), np.empty((rows, length), np.int64)
         # Blocks of some 32,000 tokens stay in the processor's cache.
-        block = max(_BLOCK_TOKENS // int(length), 8)
-        for start in range(0, batch_size, block):
-            part = slice(start, min(start + block, batch_size))
-            self._fill(
-                tokens[part], targets[part], key, np.arange(index + part.start, index + part.stop), split
-            )
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+        block = max(_BLOCK_TOKENS // length, 8)
+        for start in range(0, rows, block):
+            part = slice(start, start + block)
+            self._fill(tokens[part], targets[part], key[part], number[part], split)
+        shape = (len(seeds), batch_size)
+        return Batch(
+            torch.from_numpy(tokens.reshape(*shape, *wide)), torch.from_numpy(targets.reshape(*shape, length))
+        )
 
-    def _outputs(self, batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        shape = (batch_size, length)
-        width = self.tokens_per_position
-        return np.empty(shape if width == 1 else (*shape, width), np.int64), np.empty(shape, np.int64)
+    @functools.cached_property
+    def _identity(self) -> str:
+        """What the samples depend on besides length, split, seed and index. 1 and 1.0 are one parameter."""
+        params = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        exact = {name: float(v) if type(v) is int else v for name, v in params.items()}
+        return json.dumps([RESULT_VERSION, self.name, self.version, exact], sort_keys=True)
 
-    def _fill(self, tokens: np.ndarray, targets: np.ndarray, key: int, index: np.ndarray, split: str) -> None:
-        """Write the samples `index` into tokens [N,T] or [N,T,C] and targets [N,T]."""
+    def _fill(
+        self, tokens: np.ndarray, targets: np.ndarray, key: np.ndarray, index: np.ndarray, split: str
+    ) -> None:
+        """Write samples into tokens [N,T] or [N,T,C] and targets [N,T], for keys and indices [N]."""
         length = tokens.shape[1]
         partitioned = not self.is_exhaustible(length)
         pending = np.arange(len(index))
         # Several attempts a row at once save rounds where little is left; seven in eight draws miss valid and
         # test. Their number does not change the result: the first good one counts.
         least = 1 if split == "train" or not partitioned else 4
-        attempt, width = 0, least
+        attempt = 0
         while pending.size:
+            width = min(max(_SMALL_ROUND // (length * len(pending)), least), 64)
+            if not partitioned and attempt == 0:
+                width = 1  # nearly always enough
             if attempt > _MAX_ATTEMPTS:
                 raise ValueError(
                     f"{self.name}: no {split} sequence of length {length} found in {attempt} draws; "
                     "make the parameters less tight or the length longer"
                 )
             attempts = np.tile(np.arange(attempt, attempt + width), len(pending))
-            draw = self._generate(Rows.of(key, np.repeat(index[pending], width), attempts), length)
+            again = np.repeat(pending, width)
+            draw = self._generate(Rows.of(key[again], index[again], attempts), length)
             good = np.ones(len(attempts), bool) if draw.valid is None else draw.valid
             if partitioned:
                 good = good & self._belongs(draw, split)
@@ -211,7 +242,6 @@ class Task:
                 targets[pending[found]] = labels
                 pending = pending[~found]
             attempt += width
-            width = min(max(_SMALL_ROUND // (length * max(len(pending), 1)), least), 64)
 
     @staticmethod
     def _belongs(draw: Draw, split: str) -> np.ndarray:

@@ -60,9 +60,9 @@ class Rows:
         self.keys = keys
 
     @classmethod
-    def of(cls, key: int, index: np.ndarray, attempt: np.ndarray) -> Rows:
-        """The rows of samples `index` at redraw `attempt` (both int64 [N])."""
-        rows = mix64(index.astype(np.uint64) * _U(_GAMMA) + _U(key))
+    def of(cls, key: np.ndarray, index: np.ndarray, attempt: np.ndarray) -> Rows:
+        """The rows of samples `index` under their keys (uint64 [N]) at redraw `attempt` (int64 [N])."""
+        rows = mix64(index.astype(np.uint64) * _U(_GAMMA) + key)
         rows += (attempt.astype(np.uint64) + _U(1)) * _U(0xD1B54A32D192ED03)
         return cls(mix64(rows))
 

@@ -42,7 +42,7 @@ def same_law(left, right):
 
 
 def rows(n, key=1):
-    return Rows.of(key, np.arange(n), np.zeros(n, np.int64))
+    return Rows.of(np.full(n, key, np.uint64), np.arange(n), np.zeros(n, np.int64))
 
 
 def test_the_chi_square_itself_can_fail():

@@ -44,6 +44,21 @@ def test_row_i_is_the_sample_of_index_plus_i(case):
         assert equal(part, type(part)(whole.tokens[10:33], whole.targets[10:33]))
 
 
+def test_several_seeds_at_once_equal_one_by_one(case):
+    task, length = case
+    many = task.sample_seeds([4, 0, 4], 7, length=length, index=3, split="valid")
+    for i, seed in enumerate((4, 0, 4)):
+        assert equal(
+            task.sample(7, length=length, seed=seed, index=3, split="valid"),
+            type(many)(many[0][i], many[1][i]),
+        )
+
+
+def test_equal_tasks_have_equal_samples():
+    one, other = (synthetic_tasks.get("mqar", power=power) for power in (1, 1.0))
+    assert one == other and equal(one.sample(4, length=64), other.sample(4, length=64))
+
+
 def test_large_batches_equal_small_ones():
     task = synthetic_tasks.get("rebind")
     whole = task.sample(1500, length=64)  # several blocks

@@ -15,6 +15,7 @@ PACKAGES = (
     "memory-arena",
     "torch",
     "numpy",
+    "numba",
     "triton",
     "flash-linear-attention",
     "mamba-ssm",

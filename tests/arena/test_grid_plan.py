@@ -128,7 +128,9 @@ def test_what_cannot_change_a_result_changes_no_id(changes):
 def test_the_backend_of_the_environment_is_in_the_id(monkeypatch):
     monkeypatch.setenv("ARENA_BACKEND", "reference")
     runs = runs_of()
-    assert runs[0].config["backend"] == "gated_memory=reference short_conv=reference" and not {r.id for r in runs} & {r.id for r in RUNS}
+    assert runs[0].config["backend"] == "gated_memory=reference short_conv=reference" and not {
+        r.id for r in runs
+    } & {r.id for r in RUNS}
 
 
 def test_a_bumped_version_changes_the_ids(monkeypatch):

@@ -64,7 +64,9 @@ def gated_memory_triton(
         sign = sign[..., None] if sign.dim() == 3 else sign
         q, k = q * sign, k * sign
     keep = torch.is_grad_enabled()
-    run = GatedMemory.apply if keep or transforms_active() else GatedMemory.forward  # apply() costs time
+    run: Callable = GatedMemory.apply
+    if not transforms_active():
+        run = PlainGatedMemory.apply if keep else GatedMemory.forward
     o, state, *_ = run(q, k, v, log_decay, erase, write, initial_state, scale, keep)
     if sign is not None:
         state = state * sign[:, -1, :, :, None].to(state.dtype)
@@ -231,6 +233,22 @@ class GatedMemory(torch.autograd.Function):
         """Fold the replicas into the batch."""
         folded = [fold(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims, strict=True)]
         return unfold(GatedMemory.apply(*folded), info.batch_size)
+
+
+class PlainGatedMemory(torch.autograd.Function):
+    """:class:`GatedMemory` without the rules for ``torch.func``, which make every call slower."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """Launch the forward and keep what the backward needs."""
+        output = GatedMemory.forward(*inputs)
+        GatedMemory.setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        """As :class:`GatedMemory`."""
+        return GatedMemory.backward(ctx, *grads)
 
 
 class GatedMemoryBackward(torch.autograd.Function):

@@ -144,8 +144,8 @@ def test_wide_heads_take_their_own_settings():
 @interpreted
 @pytest.mark.parametrize("keys", [1, 2])
 def test_repeated_keys_with_erase_two(keys):
-    # the traps of parity: one or two keys, eigenvalue -1, no decay, long. The key is the same at every token, and
-    # the rounding of k^T k adds up with one sign: T * 2^-23 is what fp32 can promise (a Neumann series: 1e9)
+    # the traps of parity: one or two keys, eigenvalue -1, no decay, long. The key repeats at every token, and
+    # the rounding of k^T k adds up: T * 2^-23 is what fp32 can promise (a Neumann series gives 1e9)
     T = 512
     inputs, _ = inputs_of(5, (1, T, 1, 16, 16), (0, 1, 0))
     which = torch.randint(keys, (T,), generator=torch.Generator().manual_seed(0))

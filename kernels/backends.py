@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+
+from torch import Tensor
 
 NAMES = ("reference", "chunked", "fused", "numba", "triton")
 """Every backend that some operator has; ARENA_BACKEND must be one of them, or ``auto``."""
@@ -49,3 +53,55 @@ def recording() -> Iterator[dict[str, str]]:
         yield used
     finally:
         _RECORD.reset(token)
+
+
+def with_triton(
+    operator: str, backend: str, others: tuple[str, ...], x: Tensor, refusal: str | None
+) -> tuple[str, ...]:
+    """The implementations for :func:`resolve_backend` of an operator that also has Triton kernels.
+
+    Those come first for tensors on a GPU. Where they are the default, or the choice of ``ARENA_BACKEND``, but
+    can't run, the first of ``others`` takes their place and a warning says why, once for each reason.
+
+    Args:
+        operator: Its name, for messages.
+        backend: What was asked for.
+        others: The other implementations that can run on these inputs, the default first.
+        x: An input: where it lies decides.
+        refusal: Why the kernels do not take these inputs (a dtype, a size); None: they do.
+
+    Raises:
+        ValueError: If Triton is asked for by name and can't run.
+    """
+    refusal = refusal or _triton_refusal(x)
+    if refusal is None:
+        return ("triton", *others) if x.is_cuda else (*others, "triton")
+    if backend == "triton":
+        raise ValueError(f"{operator}: backend 'triton' {refusal}; use '{others[0]}'")
+    wanted = os.environ.get("ARENA_BACKEND", "auto")
+    if backend == "auto" and (wanted == "triton" or (x.is_cuda and wanted not in others)):
+        _warn_once(f"{operator}: backend 'triton' {refusal}; '{others[0]}' runs in its place")
+    return others
+
+
+def _triton_refusal(x: Tensor) -> str | None:
+    """Why no Triton kernel can run on x, or None."""
+    if not _has_triton():
+        return "needs the package triton, which can't be imported here"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs tensors on a GPU, not on {x.device.type}"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -126,7 +126,7 @@ def make(case: Case) -> tuple[dict[str, Tensor], Callable[..., list[Tensor]], Ca
         rest = {key: x.get(key) for key in ("z", "u", "filters")}
         if name == "static":
             args = (x["x"], x["weight"], x.get("bias"), activation, residual, x.get("initial_state"))
-            return short_conv_reference(*args)[0]
+            return short_conv_reference(*args)
         common = {"bias": x.get("bias"), "initial_state": x.get("initial_state")}
         return dynamic_short_conv(
             x["x"], **rest, **common, activation=activation, residual=residual, backend="fused"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.backends import resolve_backend
+from kernels.backends import resolve_backend, with_triton
 from kernels.short_conv.dynamic import dynamic_short_conv
 from kernels.short_conv.fused import short_conv_fused
-from kernels.short_conv.reference import check_activation, last_rows, short_conv_reference
+from kernels.short_conv.packing import last_rows_packed, packing_of, places, with_state
+from kernels.short_conv.reference import check_activation, last_rows, short_conv_reference, triton_refusal
 
 __all__ = ["dynamic_short_conv", "short_conv"]
 
@@ -20,6 +21,7 @@ def short_conv(
     activation: str | None = None,
     residual: bool = False,
     initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Static causal depthwise convolution over time.
@@ -34,7 +36,10 @@ def short_conv(
         activation: None or ``"silu"``; applied to the convolution, before the residual is added.
         residual: Add x.
         initial_state: [B,W-1,D], the W-1 rows before x, oldest first; None means zeros.
-        backend: ``"fused"`` (hand-derived gradient, the default), ``"reference"`` (token loop) or ``"auto"``.
+        cu_seqlens: [S+1] integers from 0 to T: x [1,T,D] holds S sequences one behind the other (empty ones
+            too), each starting afresh at its limit; states are then [S,W-1,D]. None: one sequence a row.
+        backend: ``"fused"`` (torch, hand-derived gradient), ``"triton"`` (GPU; width up to 8, not fp64),
+            ``"reference"`` (token loop) or ``"auto"``: ``"triton"`` for tensors on a GPU, else ``"fused"``.
 
     Returns:
         y [B,T,D] and the state [B,W-1,D] that continues the sequence, both of x's type.
@@ -49,10 +54,23 @@ def short_conv(
         )
     if bias is not None and bias.shape != x.shape[2:]:
         raise ValueError(f"bias must be [D] = [{x.shape[2]}], got {tuple(bias.shape)}")
-    rows = (x.shape[0], weight.shape[0] - 1, x.shape[2])
+    packing = packing_of(cu_seqlens, x)
+    W = weight.shape[0]
+    rows = (x.shape[0] if packing is None else len(packing.starts), W - 1, x.shape[2])
     if initial_state is not None and initial_state.shape != rows:
         raise ValueError(f"initial_state must be [B,W-1,D] = {list(rows)}, got {tuple(initial_state.shape)}")
-    if resolve_backend("short_conv", backend, ("fused", "reference")) == "reference":
-        return short_conv_reference(x, weight, bias, activation, residual, initial_state)
-    y = short_conv_fused(x, weight, bias, activation, residual, initial_state)
-    return y, last_rows(x, initial_state, weight.shape[0] - 1)
+    available = with_triton("short_conv", backend, ("fused", "reference"), x, triton_refusal(x, W))
+    name = resolve_backend("short_conv", backend, available)
+    if packing is None:
+        end = last_rows(x, initial_state, W - 1)
+    else:
+        end = last_rows_packed(packing, x, initial_state, W - 1)
+    if name == "triton":
+        from kernels.short_conv.triton_static import short_conv_triton
+
+        return short_conv_triton(x, weight, bias, activation, residual, initial_state, packing), end
+    run = short_conv_reference if name == "reference" else short_conv_fused
+    if packing is None:
+        return run(x, weight, bias, activation, residual, initial_state), end
+    y = run(with_state(packing, x, initial_state, W - 1), weight, bias, activation, residual, None)
+    return y.index_select(1, places(packing, W - 1)), end

@@ -6,8 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backends import resolve_backend
-from kernels.short_conv.reference import check_activation, last_rows
+from kernels.backends import resolve_backend, with_triton
+from kernels.short_conv.packing import (
+    Packing,
+    last_rows_packed,
+    packing_of,
+    places,
+    unpacked,
+    with_state,
+)
+from kernels.short_conv.reference import check_activation, last_rows, triton_refusal
 
 
 def dynamic_short_conv(
@@ -20,6 +28,7 @@ def dynamic_short_conv(
     activation: str | None = None,
     residual: bool = True,
     initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution whose taps are made from the current token.
@@ -38,7 +47,11 @@ def dynamic_short_conv(
         activation: None or ``"silu"``, before the residual is added.
         residual: Add x.
         initial_state: [B,W-1,D], the W-1 rows before x, oldest first; None means zeros.
-        backend: ``"fused"`` (one pass a tap, the default), ``"reference"`` (token loop) or ``"auto"``.
+        cu_seqlens: [S+1] integers from 0 to T: x [1,T,D] holds S sequences one behind the other (empty ones
+            too), each starting afresh at its limit; states are then [S,W-1,D]. None: one sequence a row.
+        backend: ``"fused"`` (torch, one pass a tap), ``"triton"`` (GPU, one pass; width up to 8, rank up to
+            64, not fp64), ``"reference"`` (token loop) or ``"auto"``: ``"triton"`` for tensors on a GPU, else
+            ``"fused"``.
 
     Returns:
         y [B,T,D] and the state [B,W-1,D] that continues the sequence, both of x's type.
@@ -47,15 +60,33 @@ def dynamic_short_conv(
         ValueError: If not exactly one form is given, shapes do not fit, or a name is unknown.
     """
     check_activation(activation)
-    width = _check(x, z, u, filters, bias, initial_state)
+    packing = packing_of(cu_seqlens, x)
+    width = _check(x, z, u, filters, bias, initial_state, packing)
+    if packing is None:
+        end = last_rows(x, initial_state, width - 1)
+    else:
+        end = last_rows_packed(packing, x, initial_state, width - 1)
+    refusal = triton_refusal(x, width, 1 if u is None else u.shape[0])
+    available = with_triton("dynamic_short_conv", backend, ("fused", "reference"), x, refusal)
+    chosen = resolve_backend("dynamic_short_conv", backend, available)
+    if chosen == "triton":
+        from kernels.short_conv.triton_dynamic import dynamic_triton
+
+        y = dynamic_triton(x, z, u, filters, bias, activation, residual, initial_state, packing)
+        return y, end
+    if packing is not None:
+        x = with_state(packing, x, initial_state, width - 1)
+        z, filters = (None if a is None else unpacked(packing, a, width - 1) for a in (z, filters))
+        initial_state = None
     if filters is not None:
         filters = filters.repeat_interleave(x.shape[2] // filters.shape[3], 3)
-    chosen = resolve_backend("dynamic_short_conv", backend, ("fused", "reference"))
     run = _loop if chosen == "reference" else _passes
     y = run(x, z, u, filters, bias, width, initial_state)
     if activation == "silu":
         y = F.silu(y)
-    return (x + y if residual else y), last_rows(x, initial_state, width - 1)
+    if residual:
+        y = x + y
+    return (y if packing is None else y.index_select(1, places(packing, width - 1))), end
 
 
 def _taps(
@@ -119,6 +150,7 @@ def _check(
     filters: Tensor | None,
     bias: Tensor | None,
     initial_state: Tensor | None,
+    packing: Packing | None,
 ) -> int:
     """Refuse what does not fit together; return the width W."""
     low_rank = z is not None and u is not None and filters is None
@@ -139,8 +171,9 @@ def _check(
         raise ValueError("the width W must be at least 1")
     if bias is not None and bias.shape != (width, D):
         raise ValueError(f"bias must be [W,D] = [{width}, {D}], got {tuple(bias.shape)}")
-    if initial_state is not None and initial_state.shape != (B, width - 1, D):
+    states = B if packing is None else len(packing.starts)
+    if initial_state is not None and initial_state.shape != (states, width - 1, D):
         raise ValueError(
-            f"initial_state must be [B,W-1,D] = {[B, width - 1, D]}, got {tuple(initial_state.shape)}"
+            f"initial_state must be [B,W-1,D] = {[states, width - 1, D]}, got {tuple(initial_state.shape)}"
         )
     return width

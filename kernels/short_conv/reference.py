@@ -6,11 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_TRITON_WIDTH = 8
+MAX_TRITON_RANK = 64
+
 
 def check_activation(activation: str | None) -> None:
     """Refuse an activation that is neither None nor ``"silu"``."""
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', got {activation!r}")
+
+
+def triton_refusal(x: Tensor, width: int, rank: int = 1) -> str | None:
+    """Why the Triton kernels do not take these inputs, or None."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 or float16, not {x.dtype}"
+    if width > MAX_TRITON_WIDTH or rank > MAX_TRITON_RANK:
+        return f"takes widths up to {MAX_TRITON_WIDTH} and ranks up to {MAX_TRITON_RANK}, not {width}, {rank}"
+    return None
 
 
 def last_rows(x: Tensor, initial_state: Tensor | None, rows: int) -> Tensor:
@@ -29,7 +41,7 @@ def short_conv_reference(
     activation: str | None,
     residual: bool,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Shapes and equation as in :func:`kernels.short_conv`."""
     state = last_rows(x[:, :0], initial_state, weight.shape[0] - 1)
     outputs = []
@@ -42,4 +54,4 @@ def short_conv_reference(
             y_t = F.silu(y_t)
         outputs.append(x_t + y_t if residual else y_t)
         state = window[:, 1:]
-    return (torch.stack(outputs, 1) if outputs else x.new_zeros(x.shape)), state
+    return torch.stack(outputs, 1) if outputs else x.new_zeros(x.shape)

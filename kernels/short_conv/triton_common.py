@@ -10,17 +10,6 @@ from torch import Tensor
 
 from kernels.short_conv.packing import Packing
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 8
-
-
-def check(x: Tensor, width: int) -> None:
-    """Refuse what the kernels do not take."""
-    if x.dtype not in FLOATS:
-        raise ValueError(f"the triton backend takes float32, bfloat16 or float16, not {x.dtype}")
-    if width > MAX_WIDTH:
-        raise ValueError(f"the triton backend takes widths up to {MAX_WIDTH}, not {width}")
-
 
 def places_of(packing: Packing | None, width: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Place and sequence of every token [T], and the first W-1 tokens of each sequence [S,W-1] (-1: none)."""

@@ -84,12 +84,16 @@ def taps_of(
 
 @triton.jit
 def load_mixer(
-    u_ptr, g, j: tl.constexpr, d, in_d, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr
-):
-    """Lag j's slice of U, [BR, BD], in its own type: loaded where it is used, for it takes too many registers."""
-    rr = tl.arange(0, BR)
-    where = u_ptr + (g * R + rr)[:, None] * (W * D) + j * D + d[None, :]
-    return tl.load(where, mask=(rr < R)[:, None] & in_d[None, :], other=0.0)
+    u_ptr, g, j: tl.constexpr, d, in_d,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, LOW_RANK: tl.constexpr,
+):  # fmt: skip
+    """Lag j's slice of U, [BR, BD] in its own type (zero for the head-wise form)."""
+    u = 0.0
+    if LOW_RANK:
+        rr = tl.arange(0, BR)
+        where = u_ptr + (g * R + rr)[:, None] * (W * D) + j * D + d[None, :]
+        u = tl.load(where, mask=(rr < R)[:, None] & in_d[None, :], other=0.0)
+    return u
 
 
 @triton.jit
@@ -141,6 +145,9 @@ def forward_kernel(
     g = n // B
     d, in_d, group = channels_of(tl.program_id(1), D, Q, BD, SPAN, LOW_RANK)
     weight_ptr += g * W * D
+    mixers = ()
+    for j in tl.static_range(W):
+        mixers = mixers + (load_mixer(u_ptr, g, j, d, in_d, D, W, R, BR, LOW_RANK),)
     r = tl.arange(0, BT)
     for t in range(first, tl.minimum(first + run, T), BT):
         row = n * T + t
@@ -153,22 +160,18 @@ def forward_kernel(
             pos = t + r
             home = n * (W - 1)
         z = 0.0
-        mixer = 0.0
         if LOW_RANK:
             z = load_ranks(z_ptr + row * R, r, inside, R, BR)
-            mixer = load_mixer(u_ptr, g, 0, d, in_d, D, W, R, BR)
         x = load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, 0, d, in_d, D, W, HAS_STATE)
         filters = filters_ptr + row * (W * Q)
         y = x * taps_of(
-            z, mixer, weight_ptr + d, filters, r, inside, 0, group, in_d,
+            z, mixers[0], weight_ptr + d, filters, r, inside, 0, group, in_d,
             W, Q, LOW_RANK, HAS_WEIGHT, HALF, PRECISION,
         )  # fmt: skip
         for j in tl.static_range(1, W):
-            if LOW_RANK:
-                mixer = load_mixer(u_ptr, g, j, d, in_d, D, W, R, BR)
             old = load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
             y += old * taps_of(
-                z, mixer, weight_ptr + j * D + d, filters, r, inside, j, group, in_d,
+                z, mixers[j], weight_ptr + j * D + d, filters, r, inside, j, group, in_d,
                 W, Q, LOW_RANK, HAS_WEIGHT, HALF, PRECISION,
             )  # fmt: skip
         where = row * D + r[:, None] * D + d[None, :]
@@ -235,6 +238,7 @@ def backward_kernel(
 ):
     """All gradients but the state's. ``SUMS`` is the precision of the products that give dU and dz."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty
+    TILES: tl.constexpr = (D // Q + SPAN - 1) // SPAN  # tiles a group
     runs = tl.cdiv(T, run)
     tile = tl.program_id(1)
     n = (tl.program_id(0) // runs).to(tl.int64)
@@ -264,13 +268,12 @@ def backward_kernel(
             pos = t + r
             home = n * (W - 1)
         z = 0.0
-        mixer = 0.0
         if LOW_RANK:
             z = load_ranks(z_ptr + row * R, r, inside, R, BR)
-            mixer = load_mixer(u_ptr, g, 0, d, in_d, D, W, R, BR)
             dz = tl.zeros((BT, BR), tl.float32)
         filters = filters_ptr + row * (W * Q)
         dy, dc = load_upstream(dy_ptr + row * D, before_ptr + row * D, r, inside, d, in_d, D, SILU)
+        mixer = load_mixer(u_ptr, g, 0, d, in_d, D, W, R, BR, LOW_RANK)
         taps = taps_of(
             z, mixer, weight_ptr + d, filters, r, inside, 0, group, in_d,
             W, Q, LOW_RANK, HAS_WEIGHT, HALF, PRECISION,
@@ -281,8 +284,8 @@ def backward_kernel(
         sums_u = ()
         sums_w = ()
         for j in tl.static_range(W):
-            if LOW_RANK and j > 0:
-                mixer = load_mixer(u_ptr, g, j, d, in_d, D, W, R, BR)
+            # loaded anew, for all W slices and the sums over the run do not fit in registers
+            mixer = load_mixer(u_ptr, g, j, d, in_d, D, W, R, BR, LOW_RANK)
             # what lag j gives to its taps: dc_t x_{t-j}
             p = dc * load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
             if HAS_WEIGHT and not LOW_RANK:
@@ -297,10 +300,9 @@ def backward_kernel(
                 dz += multiply(p, tl.trans(mixer), HALF, SUMS)
             else:
                 sums_u = sums_u + (d_mixers[j],)
-                tiles: tl.constexpr = (D // Q + SPAN - 1) // SPAN
                 total = tl.sum(tl.reshape(p, (BT, BD // SPAN, SPAN)), 2)
-                q = (tile // tiles) * (BD // SPAN) + tl.arange(0, BD // SPAN)
-                part = (tile % tiles) * (N * T) + row
+                q = (tile // TILES) * (BD // SPAN) + tl.arange(0, BD // SPAN)
+                part = (tile % TILES) * (N * T) + row
                 where = (part + r)[:, None] * (W * Q) + j * Q + q[None, :]
                 total = total.to(d_filters_ptr.dtype.element_ty)
                 tl.store(d_filters_ptr + where, total, mask=inside[:, None] & (q < Q)[None, :])

@@ -8,11 +8,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from kernels.backends import resolve_backend
+from kernels.backends import resolve_backend, with_triton
 from kernels.slstm.fused import slstm_fused
 from kernels.slstm.reference import State, slstm_reference
 
 __all__ = ["slstm"]
+
+MAX_TRITON_DIM = 128
 
 
 def slstm(
@@ -38,8 +40,9 @@ def slstm(
             n is 0 nothing has been seen and c and m are not looked at, so zeros are an empty state. None is
             the empty one: zeros, with m = -inf, so that m_1 = i_1.
         backend: ``"fused"`` (torch, hand-derived gradient), ``"numba"`` (the same with its elementwise work
-            compiled; fp32 on CPU where numba is installed), ``"reference"`` (token loop) or ``"auto"``
-            (``"numba"`` where it can run, else ``"fused"``).
+            compiled; fp32 on CPU where numba is installed), ``"triton"`` (a launch for the whole sequence, on
+            GPUs; up to 128 channels a head, not fp64), ``"reference"`` (token loop) or ``"auto"``:
+            ``"triton"`` for tensors on a GPU, else ``"numba"`` where it can run, else ``"fused"``.
 
     Returns:
         h [B,T,H,K] of the gates' type, and the state (h, c, n, m) after the last token in fp32 (fp64 for fp64
@@ -60,10 +63,18 @@ def slstm(
         )
     work = torch.float64 if gates.dtype == torch.float64 else torch.float32
     can_compile = work == torch.float32 and gates.device.type == "cpu" and _has_numba()
-    backend = resolve_backend("slstm", backend, (*(["numba"] if can_compile else []), "fused", "reference"))
+    others = (*(["numba"] if can_compile else []), "fused", "reference")
+    refusal = "does not take float64" if work == torch.float64 else None
+    if K > MAX_TRITON_DIM:
+        refusal = f"takes heads of up to {MAX_TRITON_DIM} channels, not {K}"
+    backend = resolve_backend("slstm", backend, with_triton("slstm", backend, others, gates, refusal))
     if initial_state is not None:
         h, c, n, m = initial_state
         initial_state = h.to(work), c.to(work), n.to(work), m.to(work)
+    if backend == "triton":
+        from kernels.slstm.triton import slstm_triton
+
+        return slstm_triton(gates, recurrent, initial_state)
     gates_work, recurrent = gates.to(work), recurrent.to(work)
     if backend == "reference":
         h, state = slstm_reference(gates_work, recurrent, initial_state)

@@ -21,30 +21,22 @@ from kernels.slstm.triton_kernels import backward_kernel, forward_kernel
 
 __all__ = ["slstm_triton"]
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MAX_DIM = 128
-
 
 def slstm_triton(gates: Tensor, recurrent: Tensor, initial_state: State | None) -> tuple[Tensor, State]:
     """Shapes and equations of :func:`kernels.slstm`, with the Triton kernels; the initial state in fp32.
 
     State, gates and their sums are fp32. The products with R are fp32 for fp32 gates, else take tf32 operands
     (heads of more than 64 channels: operands of the gates' type, so that R stays on chip). Deterministic.
-
-    Raises:
-        ValueError: If gates are fp64 (use ``backend="reference"``) or a head has more than 128 channels.
+    Heads of up to 128 channels; not fp64.
     """
     B, T, _, H, K = gates.shape
-    if gates.dtype not in FLOATS:
-        raise ValueError(f"the triton backend takes float32, bfloat16 or float16, not {gates.dtype}")
-    if K > MAX_DIM:
-        raise ValueError(f"the triton backend takes heads of up to {MAX_DIM} channels, not {K}")
     like = gates.new_empty(0, dtype=torch.float32)
     if T == 0 or B == 0:
         return gates.new_zeros(B, T, H, K), initial_state or empty_state(like, B, H, K)
     inputs = (gates, recurrent, *enter(like, B, H, K, initial_state))
     out, *end = SLSTM.apply(*(x[None] for x in inputs), torch.is_grad_enabled())[:5]
-    return out[0], leave(*(x[0] for x in end))
+    # squeeze, for the gradient of x[0] is a copy into zeros
+    return out.squeeze(0), leave(*(x.squeeze(0) for x in end))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,176 @@
+"""CPU speed of the operators beside public alternatives, as ratios in one run: ``python -m kernels.bench``.
+
+The two sides of a row take turns, so that other load on the machine meets both, and the medians are compared.
+What is not installed is replaced by our own reference loop, and the table says so. (GPU kernels:
+``python -m kernels.gpu_check``.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import gated_memory, mlstm, slstm
+
+SHAPE = (64, 256, 2, 32)
+"""B, T, H, K = V of every row that does not say otherwise: a small fleet of the arena's models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One comparison, forward and backward."""
+
+    what: str
+    """Our operator and its setting."""
+    against: str
+    """The alternative, by name."""
+    goal: float
+    """How many times faster ours should be."""
+    ours: Callable[[], None]
+    """Runs ours once."""
+    peer: Callable[[], None]
+    """Runs the alternative once."""
+
+
+def rows() -> Iterator[Row]:
+    """Yield the comparisons that can be made here."""
+    inputs = gdn2_inputs(*SHAPE)
+    run = trainer(lambda *x: gated_memory(*x)[0], inputs)
+    naive, name = gdn2_peer()
+    yield Row(
+        what="gated_memory, all gates per channel (GDN-2), T 256",
+        against=name,
+        goal=8.0,
+        ours=run,
+        peer=trainer(naive, inputs),
+    )
+    for T, goal in ((256, 0.5), (1024, 1.0)):
+        inputs = gdn2_inputs(SHAPE[0], T, *SHAPE[2:])
+        heads_first = [x.transpose(1, 2).contiguous() for x in inputs[:3]]
+        yield Row(
+            what=f"gated_memory, all gates per channel (GDN-2), T {T}",
+            against="scaled_dot_product_attention, causal",
+            goal=goal,
+            ours=trainer(lambda *x: gated_memory(*x)[0], inputs),
+            peer=trainer(
+                lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), heads_first
+            ),
+        )
+    B, T, H, K = SHAPE
+    inputs = [normal(B, T, H, K, seed=i) for i in range(3)]
+    inputs += [normal(B, T, H, seed=3) - 2, normal(B, T, H, seed=4) + 4]
+    peer, name, layout = mlstm_peer()
+    yield Row(
+        what="mlstm, with normaliser and stabiliser, T 256",
+        against=name,
+        goal=1.5,
+        ours=trainer(lambda *x: mlstm(*x)[0], inputs),
+        peer=trainer(peer, [layout(x) for x in inputs]),
+    )
+    gates, recurrent = normal(B, T, 4, H, K, seed=5), 0.1 * normal(4, H, K, K, seed=6)
+    yield Row(
+        what="slstm, T 256",
+        against="token loop (our reference)",
+        goal=10.0,
+        ours=trainer(lambda *x: slstm(*x)[0], [gates, recurrent]),
+        peer=trainer(lambda *x: slstm(*x, backend="reference")[0], [gates, recurrent]),
+    )
+
+
+def normal(*size: int, seed: int) -> Tensor:
+    """Standard normal draws."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def gdn2_inputs(B: int, T: int, H: int, K: int) -> list[Tensor]:
+    """Inputs q, k, v, log_decay, erase, write as a GDN-2 block makes them."""
+    q, k, v, decay, erase, write = (normal(B, T, H, K, seed=i) for i in range(6))
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    return [q, k, v, F.logsigmoid(decay + 3), erase.sigmoid(), write.sigmoid()]
+
+
+def trainer(operator: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], None]:
+    """Return a function that runs the operator forward and backward to all its inputs."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    weights: list[Tensor] = []
+
+    def run() -> None:
+        o = operator(*leaves)
+        if not weights:
+            weights.append(torch.randn_like(o))
+        torch.autograd.grad(o, leaves, weights[0])
+
+    return run
+
+
+def gdn2_peer() -> tuple[Callable[..., Tensor], str]:
+    """Return fla's naive GDN-2 recurrence; its file is loaded alone, because the package imports Triton."""
+    spec = importlib.util.find_spec("fla")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    paths = [path for x in folders if (path := Path(x) / "ops" / "gdn2" / "naive.py").exists()]
+    if not paths:
+        name = "token loop (our reference; fla's is not installed)"
+        return lambda *x: gated_memory(*x, backend="reference")[0], name
+    naive = module_at(paths[0]).naive_recurrent_gdn2
+    return lambda *x: naive(*x)[0], "fla's naive recurrence"
+
+
+def module_at(path: Path) -> ModuleType:
+    """Load one file as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mlstm_peer() -> tuple[Callable[..., Tensor], str, Callable[[Tensor], Tensor]]:
+    """Return NX-AI's native chunkwise mLSTM with its own backward, and the layout it takes."""
+    if importlib.util.find_spec("mlstm_kernels") is None:
+        name = "token loop (our reference; mlstm_kernels is not installed)"
+        return lambda *x: mlstm(*x, backend="reference")[0], name, lambda x: x
+    from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_custbw as peer
+
+    return peer, "NX-AI's native chunkwise mLSTM", lambda x: x.transpose(1, 2).contiguous()
+
+
+def measure(row: Row, repeats: int) -> tuple[float, float]:
+    """Return the median seconds of ours and of the alternative, taking turns after one warm-up each."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats + 1):
+        for run, taken in zip((row.ours, row.peer), times, strict=True):
+            start = time.perf_counter()
+            run()
+            if repeat > 0:
+                taken.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each side (default 7)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    B, _, H, K = SHAPE
+    print(f"torch {torch.__version__}, {options.threads} threads, float32, B {B} H {H} K = V = {K}, ", end="")
+    print("forward and backward\n")
+    print("| what | against | times faster | goal |\n|---|---|---|---|")
+    for row in rows():
+        ours, peer = measure(row, options.repeats)
+        print(f"| {row.what} | {row.against} | {peer / ours:.2f} | {row.goal:g} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

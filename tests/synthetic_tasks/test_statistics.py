@@ -160,12 +160,13 @@ def test_mqar_first_slot_probability_is_the_published_one():
     assert abs((slots == 0).mean() - 0.25) < 0.012
 
 
+@pytest.mark.parametrize("length", [64, 80])  # all slots filled; some left over
 @pytest.mark.parametrize(("compat", "leaks"), [("zoology", True), ("none", False)])
-def test_mqar_order_leak_is_off_by_default(compat, leaks):
+def test_mqar_order_leak_is_off_by_default(compat, leaks, length):
     task = synthetic_tasks.get("mqar", n_pairs=16, vocab_size=128, compat=compat)
-    slots = slots_of_keys(task.sample(4000, length=64).tokens.numpy(), 16)
+    slots = slots_of_keys(task.sample(4000, length=length).tokens.numpy(), 16)
     right = (np.argsort(slots, axis=1) == np.arange(16)).mean()  # the n-th query asks for the n-th pair
-    assert (right > 1.6 / 16) if leaks else abs(right - 1 / 16) < 0.004
+    assert (right > 1.3 / 16) if leaks else abs(right - 1 / 16) < 0.004
 
 
 def test_mqar_noise_never_equals_a_key_unless_asked():

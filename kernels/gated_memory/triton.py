@@ -42,7 +42,8 @@ def gated_memory_triton(
     Any T; head dimensions to 256.
 
     Raises:
-        ValueError: for float64 inputs (use ``backend="reference"``) or a head dimension above 256.
+        ValueError: for float64 inputs (use ``backend="reference"``), a head dimension above 256, or a sequence of
+            2^31 numbers or more (offsets inside one are 32 bits).
     """
     if q.dtype not in FLOATS or k.dtype not in FLOATS or v.dtype not in FLOATS:
         raise ValueError(
@@ -53,6 +54,10 @@ def gated_memory_triton(
             f"the triton backend takes head dimensions up to {MAX_DIM}, not {k.shape[-1]}, {v.shape[-1]}"
         )
     T = q.shape[1]
+    if T * q.shape[2] * max(k.shape[-1], v.shape[-1]) >= 2**31:
+        raise ValueError(
+            f"the triton backend takes sequences of fewer than 2^31 numbers, not {tuple(q.shape)}"
+        )
     if T == 1 and not torch.is_grad_enabled() and not transforms_active():
         gates = [None if x is None else x[:, 0] for x in (log_decay, erase, write, decay_sign)]
         o, state = step(q[:, 0], k[:, 0], v[:, 0], *gates, scale=scale, state=initial_state)

@@ -1,4 +1,4 @@
-"""What single tasks offer beside targets: stale values, field states, decoder targets, compatibility noise."""
+"""What single tasks offer beside targets: stale values, field states, decoder targets."""
 
 import pytest
 

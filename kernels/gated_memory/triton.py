@@ -42,8 +42,8 @@ def gated_memory_triton(
     Any T; head dimensions to 256.
 
     Raises:
-        ValueError: for float64 inputs (use ``backend="reference"``), a head dimension above 256, or a sequence of
-            2^31 numbers or more (offsets inside one are 32 bits).
+        ValueError: for float64 inputs (use ``backend="reference"``), a head dimension above 256, or a
+            sequence of 2^31 numbers or more (offsets inside one are 32 bits).
     """
     if q.dtype not in FLOATS or k.dtype not in FLOATS or v.dtype not in FLOATS:
         raise ValueError(

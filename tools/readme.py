@@ -60,7 +60,7 @@ def demo(directory: Path) -> str:
 
 def bench() -> str:
     """The CPU benchmark's own Markdown."""
-    command = [sys.executable, "-m", "kernels.bench", "--markdown"]
+    command = [sys.executable, "-m", "kernels.bench"]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 

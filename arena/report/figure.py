@@ -98,7 +98,7 @@ def _panel(axis: Axes, panel: pl.DataFrame, archs: list[str], trained: tuple[int
     )
     # Models that tie would hide each other: each has its own place beside the length.
     gap = min((b / a for a, b in itertools.pairwise(lengths)), default=2.0)
-    places = gap ** np.linspace(-0.24, 0.24, len(archs)) if len(archs) > 1 else [1.0]
+    places = gap ** np.linspace(-0.16, 0.16, len(archs)) if len(archs) > 1 else [1.0]
     for arch, place in zip(archs, places, strict=True):
         colour, marker, dashed = look(arch)
         mine = panel.filter(arch=arch).sort("eval_length")

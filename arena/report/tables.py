@@ -210,9 +210,18 @@ def mixtures(rows: pl.DataFrame, environments: Mapping[str, Mapping[str, Any]]) 
     """A line for all that should be one and is several: versions, devices, packages, machines, commits."""
     lines = []
     done = rows.filter(pl.col("status") != "failed")
-    for name in ("device", "backend", "dtype"):
+    for name in ("device", "dtype"):
         if done[name].n_unique() > 1:
             lines.append(f"{name}: " + " / ".join(sorted(done[name].unique())))
+    backends: dict[str, set[str]] = {}  # by operator: architectures use different ones
+    for word in {word for text in done["backend"].unique() for word in text.split()}:
+        operator, _, backend = word.partition("=")
+        backends.setdefault(operator, set()).add(backend)
+    lines += [
+        f"backend of {operator}: " + " / ".join(sorted(found))
+        for operator, found in sorted(backends.items())
+        if len(found) > 1
+    ]
     for (task,), part in done.group_by("task", maintain_order=True):  # a version names the task's own one
         if part["version"].n_unique() > 1:
             lines.append(f"version of {task}: " + " / ".join(sorted(part["version"].unique())))

@@ -111,7 +111,8 @@ KNOWN = {
         "wall_s": 1.0,
     },
     **{"train_length_min": 3, "train_length_max": 16, "weight_decay": 0.0, "n_examples": 100},
-    **{"device": "cpu", "backend": "chunked", "dtype": "float32", "status": "done", "version": "blocks=1"},
+    **{"device": "cpu", "backend": "gated_memory=chunked", "dtype": "float32"},
+    **{"status": "done", "version": "blocks=1"},
 }
 
 
@@ -226,6 +227,10 @@ def test_mixtures_are_named():
     ]
     mixed = pl.when(pl.col("seed") == 1).then(pl.lit("cuda")).otherwise(pl.col("device")).alias("device")
     assert mixtures(rows.with_columns(mixed), {}) == ["device: cpu / cuda"]
+    triton, more = "gated_memory=triton", "gated_memory=chunked short_conv=fused"
+    for text, lines in ((triton, ["backend of gated_memory: chunked / triton"]), (more, [])):
+        other_backend = pl.when(pl.col("seed") == 1).then(pl.lit(text)).otherwise(pl.col("backend"))
+        assert mixtures(rows.with_columns(backend=other_backend), {}) == lines
     version = (
         pl.when(pl.col("seed") == 1).then(pl.lit("blocks=2")).otherwise(pl.col("version")).alias("version")
     )

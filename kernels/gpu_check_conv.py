@@ -1,7 +1,7 @@
-"""Check and time the Triton kernels of sLSTM and the short convolutions: ``python -m kernels.gpu_check_conv``.
+"""Check and time the Triton kernels of sLSTM and short convolutions: ``python -m kernels.gpu_check_conv``.
 
-    check   outputs and every gradient against the float64 reference (in several processes: most of the time is
-            compilation)
+    check   outputs and every gradient against the float64 reference (in several processes: most of the time
+            is compilation)
     bench   sLSTM beside the torch path; the convolutions beside the copy bandwidth measured in the same run
     sweep   launch settings side by side, microseconds of each kernel
     all     check, then bench
@@ -67,8 +67,10 @@ def cases_of() -> list[Case]:
     return cases
 
 
-def make(case: Case) -> tuple[dict[str, Tensor], Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
-    """Inputs (float64 of rounded values), the Triton operator and the reference, each from inputs to outputs."""
+def make(
+    case: Case,
+) -> tuple[dict[str, Tensor], Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
+    """Inputs (float64 of rounded values), the Triton operator and the reference, from inputs to outputs."""
     name, shape, dtype, options = case
     rng = torch.Generator(device="cuda").manual_seed(sum(shape))
 
@@ -117,10 +119,10 @@ def make(case: Case) -> tuple[dict[str, Tensor], Callable[..., list[Tensor]], Ca
     def ours(x: dict[str, Tensor]) -> list[Tensor]:
         bias, state = x.get("bias"), x.get("initial_state")
         if name == "static":
-            args = (x["x"], x["weight"], bias, activation, residual, state, packing)
-            return [triton_static.short_conv_triton(*args)]
-        args = (x["x"], x.get("z"), x.get("u"), x.get("filters"), bias, activation, residual, state, packing)
-        return [triton_dynamic.dynamic_triton(*args)]
+            static = (x["x"], x["weight"], bias, activation, residual, state, packing)
+            return [triton_static.short_conv_triton(*static)]
+        form = (x["x"], x.get("z"), x.get("u"), x.get("filters"))
+        return [triton_dynamic.dynamic_triton(*form, bias, activation, residual, state, packing)]
 
     def one(x: dict[str, Tensor]) -> Tensor:
         rest = {key: x.get(key) for key in ("z", "u", "filters")}
@@ -202,17 +204,28 @@ def judge(case: Case) -> dict:
 
 def check(jobs: int) -> list[dict]:
     """Every case of the list; a row a case, the failures marked."""
+    rows = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(judge, cases_of()))
-    for row in rows:
-        errors = row.get("errors", {})
-        worst = max(errors, key=lambda key: errors[key]) if errors else ""
-        values = f"worst {worst} {errors[worst]:.1e}" if errors else row.get("error", "")
-        print("ok  " if row["good"] else "FAIL", *(row[x] for x in ("operator", "shape", "dtype")), values)
-        if not row["good"]:
-            print("     ", row["options"], {key: f"{x:.0e}" for key, x in errors.items()})
+        for row in pool.map(judge, cases_of()):
+            rows.append(row)
+            report(row)
     print(f"{sum(row['good'] for row in rows)} of {len(rows)} cases good", flush=True)
     return rows
+
+
+def report(row: dict) -> None:
+    """Print the row of a case: its worst error, or all if it failed."""
+    errors = row.get("errors", {})
+    worst = max(errors, key=lambda key: errors[key]) if errors else ""
+    values = f"worst {worst} {errors[worst]:.1e}" if errors else row.get("error", "")
+    print(
+        "ok  " if row["good"] else "FAIL",
+        *(row[x] for x in ("operator", "shape", "dtype")),
+        values,
+        flush=True,
+    )
+    if not row["good"]:
+        print("     ", row["options"], {key: f"{x:.0e}" for key, x in errors.items()}, flush=True)
 
 
 def copy_rate() -> float:
@@ -294,7 +307,7 @@ def bench() -> list[dict]:
     for (B, T, H, K), dtype in itertools.product(SLSTM_SHAPES, (torch.float32, torch.bfloat16)):
         gates = torch.randn(B, T, 4, H, K, device="cuda", dtype=dtype, requires_grad=True)
         recurrent = (torch.randn(4, H, K, K, device="cuda") * K**-0.5).requires_grad_()
-        row = {"what": "slstm", "shape": (B, T, H, K), "dtype": str(dtype)[6:]}
+        row: dict = {"what": "slstm", "shape": (B, T, H, K), "dtype": str(dtype)[6:]}
         upstream = torch.randn(B, T, H, K, device="cuda")
 
         def call(
@@ -325,8 +338,8 @@ def settings_of() -> list[tuple[str, dict]]:
         for name in ("static", "static silu"):
             found.append((name, {"channel_block": block, "ahead": ahead, "run": run}))
     for time, block, warps in (
-        (32, 64, 4), (32, 64, 8), (32, 128, 8), (64, 64, 8), (32, 32, 2), (32, 128, 4), (64, 64, 4), (16, 128, 4),
-        (64, 128, 8), (64, 32, 4),
+        (32, 64, 4), (32, 64, 8), (32, 128, 8), (64, 64, 8), (32, 32, 1), (32, 128, 4), (64, 64, 4),
+        (16, 64, 1), (64, 128, 8), (64, 32, 4),
     ):  # fmt: skip
         for registers in (None, 128):
             setting = {"time_block": time, "channel_block": block, "warps": warps, "registers": registers}

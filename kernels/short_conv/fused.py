@@ -27,7 +27,7 @@ def short_conv_fused(
     dtype = x.dtype
     work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     tensors = (None if a is None else a.to(work)[None] for a in (x, weight, bias, initial_state))
-    return _ShortConv.apply(*tensors, activation == "silu", residual)[0][0].to(dtype)
+    return _ShortConv.apply(*tensors, activation == "silu", residual)[0].squeeze(0).to(dtype)
 
 
 def _shifted_sum(x: Tensor, weight: Tensor, state: Tensor | None) -> Tensor:

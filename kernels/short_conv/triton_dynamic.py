@@ -51,9 +51,9 @@ def dynamic_triton(
     """
     width = u.shape[1] if u is not None else filters.shape[2]  # type: ignore[union-attr]
     tensors = (x, z, u, filters, bias, initial_state, *places_of(packing, width))
-    tensors = tuple(None if a is None else a[None] for a in tensors)
+    stacked = (None if a is None else a[None] for a in tensors)
     keep = activation == "silu" and torch.is_grad_enabled()
-    return DynamicConv.apply(*tensors, activation == "silu", residual, keep)[0].squeeze(0)
+    return DynamicConv.apply(*stacked, activation == "silu", residual, keep)[0].squeeze(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Launch:
 
 
 def launch_of(x: Tensor, backward: bool) -> Launch:
-    """The settings for x [G,B,T,D], from a sweep on an H100 at B4 T4096 D2048 (``kernels.gpu_check_conv``)."""
+    """The settings for x [G,B,T,D]: from a sweep on an H100, B4 T4096 D2048 (``kernels.gpu_check_conv``)."""
     sums = precision_of(x, half=True)
     block = min(64, max(16, triton.next_power_of_2(x.shape[-1])))
     time = min(64 if backward else 32, max(16, triton.next_power_of_2(x.shape[2])))
@@ -111,7 +111,7 @@ class DynamicConv(torch.autograd.Function):
         before = torch.empty_like(x) if keep else x.new_empty(*x.shape[:3], 0)
         if y.numel() > 0:
             launch = launch_of(x, False)
-            grid, numbers, names = geometry(*tensors, launch)
+            grid, numbers, names = geometry(launch, *tensors)
             with device_of(x):
                 forward_kernel[grid](
                     *filled(x, *tensors[:8]),
@@ -168,7 +168,7 @@ class DynamicConvGradient(torch.autograd.Function):
         dy, before, *tensors = contiguous(dy, before, x, z, u, filters, bias, state, pos, seq, head)
         x, z, u, filters, bias, state = tensors[:6]
         launch = launch_of(x, True)
-        grid, numbers, names = geometry(*tensors, launch)
+        grid, numbers, names = geometry(launch, *tensors)
         G, B, T, D = x.shape
         runs = grid[0] // max(1, G * B)
         dx = torch.empty_like(x)
@@ -218,6 +218,7 @@ class DynamicConvGradient(torch.autograd.Function):
 
 
 def geometry(
+    launch: Launch,
     x: Tensor,
     z: Tensor | None,
     u: Tensor | None,
@@ -227,7 +228,6 @@ def geometry(
     pos: Tensor | None,
     seq: Tensor | None,
     head: Tensor | None,
-    launch: Launch,
 ) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
     """The grid, the sizes and the compile-time arguments that both dynamic kernels take."""
     G, B, T, D = x.shape

@@ -1,16 +1,17 @@
 """The dynamic short convolution as Triton kernels: one pass over x forward, one over x and dy backward.
 
 A program owns a tile of channels and a run of tokens, which it walks through BT tokens at a time. The filters
-of a token exist on chip only. Backward, the gradients of U and of the static taps stay on chip for the whole run
-and leave it as one partial sum; that of z (or of filters whose group is wider than a tile) leaves one partial
-sum a tile of channels. The partial sums are added up afterwards in a fixed order.
+of a token exist on chip only. Backward, the gradients of U and of the static taps stay on chip for the whole
+run and leave it as one partial sum; that of z (or of filters whose group is wider than a tile) leaves one
+partial sum a tile of channels. The partial sums are added up afterwards in a fixed order.
 
-Axes: G replicas, B sequences a replica, N = G * B, T tokens, W lags, D channels, R ranks, Q groups of channels.
-``PACKED``: S sequences a replica lie one behind the other in one row of tokens (B = 1).
+Axes: G replicas, B sequences a replica, N = G * B, T tokens, W lags, D channels, R ranks, Q groups of
+channels. ``PACKED``: S sequences a replica lie one behind the other in one row of tokens (B = 1).
 """
 
-# Triton knows tuples with +, but not unpacking
+# Triton knows tuples with +, but not unpacking; to mypy these are tuples that change their type
 # ruff: noqa: RUF005
+# mypy: ignore-errors
 
 from __future__ import annotations
 

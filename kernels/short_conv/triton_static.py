@@ -3,8 +3,8 @@
 Import this module only where Triton is installed. ``TRITON_INTERPRET=1``, set before Triton is imported, runs
 the same kernels on CPU tensors (slowly).
 
-Axes: G replicas (size 1 outside vmap), B sequences, T tokens, W lags, D channels, S states (B of them, or one a
-packed sequence).
+Axes: G replicas (size 1 outside vmap), B sequences, T tokens, W lags, D channels, S states (B of them, or one
+a packed sequence).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Launch:
 
 
 def launch_of(x: Tensor, backward: bool) -> Launch:
-    """The settings for x [G,B,T,D], from a sweep on an H100 at B4 T4096 D2048 (``kernels.gpu_check_conv``)."""
+    """The settings for x [G,B,T,D]: from a sweep on an H100, B4 T4096 D2048 (``kernels.gpu_check_conv``)."""
     width = max(32, triton.next_power_of_2(x.shape[-1]))
     if backward:
         return Launch(channel_block=min(128, width), run=128, ahead=4, warps=1)
@@ -89,7 +89,7 @@ class StaticConv(torch.autograd.Function):
         tensors = contiguous(x, weight, bias, state, pos, seq, head)
         y = torch.empty_like(tensors[0])
         if y.numel() > 0:
-            grid, numbers, names = geometry(*tensors, launch_of(x, False))
+            grid, numbers, names = geometry(launch_of(x, False), *tensors)
             with device_of(x):
                 forward_kernel[grid](
                     *filled(y, *tensors[:6]), y, *numbers, SILU=silu, RESIDUAL=residual, **names
@@ -136,7 +136,7 @@ class StaticConvGradient(torch.autograd.Function):
         x, weight, bias, state = tensors[:4]
         G, D = x.shape[0], x.shape[3]
         W = weight.shape[1]
-        grid, numbers, names = geometry(*tensors, launch_of(x, True))
+        grid, numbers, names = geometry(launch_of(x, True), *tensors)
         parts = grid[0] // max(1, G)
         dx = torch.empty_like(x)
         d_weight = torch.empty(G, parts, W, D, dtype=torch.float32, device=x.device)
@@ -172,6 +172,7 @@ class StaticConvGradient(torch.autograd.Function):
 
 
 def geometry(
+    launch: Launch,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -179,7 +180,6 @@ def geometry(
     pos: Tensor | None,
     seq: Tensor | None,
     head: Tensor | None,
-    launch: Launch,
 ) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
     """The grid, the sizes and the compile-time arguments that both kernels take."""
     G, B, T, D = x.shape

@@ -1,16 +1,17 @@
 """The static short convolution as Triton kernels, each one pass over the data.
 
-A program owns a vector of channels and a run of tokens. It walks through the tokens one by one with the last W-1
-rows of x (backward also the unfinished rows of dx) in registers, so that every row is loaded once; ``AHEAD`` rows
-are loaded before the first of them is used. Backward the run is followed by the W-1 tokens that reach back into
-it. Weight gradients leave as one partial sum a run and are added up afterwards in a fixed order.
+A program owns a vector of channels and a run of tokens. It walks through the tokens one by one with the last
+W-1 rows of x (backward also the unfinished rows of dx) in registers, so that every row is loaded once;
+``AHEAD`` rows are loaded before the first of them is used. Backward the run is followed by the W-1 tokens
+that reach back into it. Weight gradients leave as one partial sum a run; those are added up in a fixed order.
 
 Axes: G replicas, B sequences a replica, N = G * B, T tokens, W lags, D channels. ``PACKED``: S sequences a
 replica lie one behind the other in one row of tokens (B = 1).
 """
 
-# Triton knows tuples with +, but not unpacking
+# Triton knows tuples with +, but not unpacking; to mypy these are tuples that change their type
 # ruff: noqa: RUF005
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def load_ahead(x_ptr, t, end, d, in_d, D: tl.constexpr, AHEAD: tl.constexpr):
 def load_window(
     x_ptr, state_ptr, home, pos, d, in_d, D: tl.constexpr, W: tl.constexpr, HAS_STATE: tl.constexpr
 ):
-    """The rows 1 .. W-1 tokens back (a zero row for W = 1); before the first token come those of the state."""
+    """The rows 1 .. W-1 tokens back (W = 1: a row of zeros); before the first token those of the state."""
     window = ()
     for j in tl.static_range(1, W):
         here = pos + 0 * d >= j
@@ -213,7 +214,7 @@ def backward_kernel(
     for _ in tl.static_range(W):
         sums = sums + (tl.zeros((BD,), tl.float32),)
     d_bias = tl.zeros((BD,), tl.float32)
-    for t in range(first, first + run + W - 1, AHEAD):
+    for t in range(first, end + W - 1, AHEAD):
         row = n * T + t
         rows = load_ahead(x_ptr + row * D, t, reach, d, in_d, D, AHEAD)
         upstream = load_ahead(dy_ptr + row * D, t, reach, d, in_d, D, AHEAD)

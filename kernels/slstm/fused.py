@@ -42,7 +42,9 @@ def slstm_fused(
         return gates.new_zeros(B, 0, H, K), initial_state or empty_state(gates, B, H, K)
     inputs = (gates, recurrent, *enter(gates, B, H, K, initial_state))
     out, y, log_n, m, _, _ = _SLSTM.apply(*(x[None] for x in inputs), compiled)
-    return out[0], leave(out[0, :, -1], y[0], log_n[0], m[0])
+    # squeeze, for the gradient of x[0] is a copy into zeros
+    out, y, log_n, m = (x.squeeze(0) for x in (out, y, log_n, m))
+    return out, leave(out[:, -1], y, log_n, m)
 
 
 def enter(like: Tensor, batch: int, heads: int, channels: int, initial_state: State | None) -> State:

@@ -50,7 +50,7 @@ class Launch:
     resident: bool
     """R stays on chip for the whole sequence."""
     precision: str
-    """Operands of the products with R; see ``triton_kernels.py``."""
+    """Operands of the products with R; see ``triton_products.py``."""
 
 
 def launch_of(gates: Tensor) -> Launch:
@@ -129,7 +129,8 @@ class SLSTMGradient(torch.autograd.Function):
         saved: Tensor,
     ) -> tuple[Tensor, ...]:
         """Launch the backward kernel; then dR."""
-        recurrent, d_out, dm_end = (None if x is None else x.contiguous() for x in (recurrent, d_out, dm_end))
+        recurrent = recurrent.contiguous()
+        d_out, dm_end = (None if x is None else x.contiguous() for x in (d_out, dm_end))
         G, B, T, H, K = out.shape
         d_end: list[Tensor | None] = [dh_end, dy_end, dl_end]
         has_end = any(x is not None for x in d_end)
@@ -139,9 +140,10 @@ class SLSTMGradient(torch.autograd.Function):
         d_start = [torch.empty_like(h, memory_format=torch.contiguous_format) for _ in range(3)]
         dm = torch.zeros_like(d_start[0]) if dm_end is None else torch.empty_like(d_start[0])
         launch = launch_of(d_gates)
+        upstream = d_gates if d_out is None else d_out
         with device_of(out):
             backward_kernel[(G * H, triton.cdiv(B, launch.batch_block))](
-                recurrent, saved, won, d_out, *d_end, dm_end, d_gates, *d_start, dm, B, T,
+                recurrent, saved, won, upstream, *d_end, dm_end, d_gates, *d_start, dm, B, T,
                 HAS_OUT=d_out is not None, HAS_END=has_end, HAS_M=dm_end is not None,
                 **constants(H, K, launch),
             )  # fmt: skip

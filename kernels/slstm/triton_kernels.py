@@ -4,9 +4,6 @@ Equations and adjoint are those of ``fused.py`` (mean y = c / n and log-normalis
 program owns one head of one replica and a tile of the batch. Its state stays on chip for all tokens, and so
 does its part of R where it fits (``RESIDENT``; else R comes from the L2 cache for every token, in pieces).
 
-Products (``PRECISION``): ``split`` is three tf32 products of halves, good to about 2^-23; ``half`` rounds its
-operands to the type of the gates; ``tf32`` and ``ieee`` are Triton's.
-
 Axes: G replicas, B batch, T tokens, H heads, K channels. Tiles: BB rows of the batch, BK >= K channels.
 Gates and their gradients are ordered i, f, z, o.
 """
@@ -16,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gated_memory.triton_tiles import halves
+from kernels.triton_products import operand, product
 
 PIECE = tl.constexpr(16)  # rows of R at a time where it is not resident
 
@@ -47,34 +44,6 @@ def log_of_one_plus(x):
     p = p * q + 2.0 / 5.0
     p = p * q + 2.0 / 3.0
     return s * (p * q + 2.0)
-
-
-@triton.jit
-def operand(x, HALF: tl.constexpr, PRECISION: tl.constexpr):
-    """A factor of a matrix product, prepared: (what is multiplied, what rounding took from it)."""
-    if PRECISION == "split":
-        high, low = halves(x)
-    elif PRECISION == "half":
-        high = x.to(HALF)
-        low = high
-    else:
-        high = x
-        low = x
-    return high, low
-
-
-@triton.jit
-def product(a, a_low, b, b_low, PRECISION: tl.constexpr):
-    """Matrix product of two prepared factors."""
-    if PRECISION == "split":
-        c = tl.dot(a_low, b, input_precision="tf32")
-        c = tl.dot(a, b_low, c, input_precision="tf32")
-        c = tl.dot(a, b, c, input_precision="tf32")
-    elif PRECISION == "half":
-        c = tl.dot(a, b)
-    else:
-        c = tl.dot(a, b, input_precision=PRECISION)
-    return c
 
 
 @triton.jit

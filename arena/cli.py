@@ -208,7 +208,7 @@ def report(directory: Annotated[Path, typer.Argument(help="A result folder of ar
 def show(
     task: Annotated[str, typer.Argument(help="Name of a task.")],
     length: Annotated[
-        int | None, typer.Option(help="Sequence length; default: the first legal from 16 on.")
+        int | None, typer.Option(help="Sequence length; default: the shortest legal from 32 on.")
     ] = None,
     examples: Annotated[int, typer.Option(help="Number of sequences.")] = 3,
     param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, may be given again.")] = None,
@@ -218,27 +218,15 @@ def show(
 
     try:
         found = synthetic_tasks.get(task, **dict(_parameter(text) for text in param or []))
-        if length is None:
-            length = next(n for n in range(16, 4097) if _accepts(found, n))
-        found.check_length(length)
+        if length is not None:
+            found.check_length(length)
     except (ValueError, TypeError) as error:
         wrong(str(error))
     if not 1 <= examples <= 100:
         wrong(f"--examples is a number from 1 to 100, not {examples}")
     print(synthetic_tasks.describe(task))
-    batch = found.sample(batch_size=examples, length=length, seed=0, index=0, split="train")
-    for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
-        shown = [
-            "/".join(found.token_name(t) for t in position)
-            if isinstance(position, list)
-            else found.token_name(position)
-            for position in tokens
-        ]
-        answers = [found.class_name(target) if target >= 0 else "." for target in targets]
-        widths = [max(len(a), len(b)) for a, b in zip(shown, answers, strict=True)]
-        print()
-        print("tokens  " + " ".join(text.rjust(width) for text, width in zip(shown, widths, strict=True)))
-        print("targets " + " ".join(text.rjust(width) for text, width in zip(answers, widths, strict=True)))
+    print()
+    print(synthetic_tasks.show(found, samples=examples, length=length, color=sys.stdout.isatty()))
     return OK
 
 
@@ -250,14 +238,6 @@ def _parameter(text: str) -> tuple[str, Any]:
         return name.strip(), tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
         return name.strip(), value.strip()
-
-
-def _accepts(task: Any, length: int) -> bool:
-    try:
-        task.check_length(length)
-    except ValueError:
-        return False
-    return True
 
 
 @app.command()

@@ -54,6 +54,8 @@ class ModelConfig:
     """Hidden width of the SwiGLU MLP over d_model; 8/3 gives the 8 D^2 weights of a plain MLP of factor 4."""
     tokens_per_position: int = 1
     """C: the embeddings, of width D/C, of the C tokens of one position are concatenated."""
+    decoder: bool = False
+    """Read every answer out of the last position (:class:`PositionDecoder`); for tasks that need it only."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the blocks; in a stack of two blocks each gets those that it knows."""
 
@@ -157,6 +159,27 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class PositionDecoder(nn.Module):
+    """logits_t = W2 gelu(W1 (x_T + position_t) + b1) + b2: what the state at the last position T has kept.
+
+    MAD's decoder for compression (arXiv 2403.17844): two layers that do not expand, sinusoidal positions as
+    of Vaswani et al. (1706.03762). Not causal: it sees the whole sequence through x_T alone.
+    """
+
+    def __init__(self, width: int, n_classes: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B,T,D], of which the last position counts, to logits [B,T,n_classes]."""
+        T, D = x.shape[-2:]
+        pairs = torch.arange((D + 1) // 2, device=x.device, dtype=x.dtype)
+        angles = torch.arange(T, device=x.device, dtype=x.dtype)[:, None] * 10000.0 ** (-2 * pairs / D)
+        positions = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[:, :D]
+        return self.out(F.gelu(self.hidden(x[..., -1:, :] + positions)))
+
+
 class Model(nn.Module):
     """A stack of layers between an embedding and a head.
 
@@ -191,9 +214,12 @@ class Model(nn.Module):
             layers.append(Layer(block, mlp))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(width)
-        self.head = nn.Linear(width, config.n_classes, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
+        if config.decoder:
+            self.head: nn.Module = PositionDecoder(width, config.n_classes)
+        else:
+            self.head = nn.Linear(width, config.n_classes, bias=False)
+            nn.init.normal_(cast(Tensor, self.head.weight), std=0.02)
         no_weight_decay(cast(nn.Parameter, self.embedding.weight))
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -218,7 +244,13 @@ class Model(nn.Module):
         return [cast(Layer, layer).block for layer in self.layers]
 
     def step(self, tokens_t: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
-        """Read one position, tokens_t [B] (or [B,C]): logits [B,n_classes] and the next state."""
+        """Read one position, tokens_t [B] (or [B,C]): logits [B,n_classes] and the next state.
+
+        Raises:
+            ValueError: the model has a decoder, which answers at the end of a sequence only.
+        """
+        if self.config.decoder:
+            raise ValueError("a model with a decoder answers at the end of a sequence: it has no step form")
         x_t = self._embed(tokens_t)
         states = []
         for layer, old in zip(self.layers, state, strict=True):

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIGHT = ("kernels", "synthetic_tasks", "arena.memory", "arena.blocks", "arena.model", "arena.training")
 
-# Runs in a fresh interpreter in which every installed distribution outside the closure of torch and numpy is hidden.
+# Runs in a fresh interpreter that hides every installed distribution outside the closure of torch and numpy.
 BARE_IMPORT = """
 import importlib, importlib.metadata as md, pkgutil, re, sys
 allowed, todo = set(), ["torch", "numpy"]

@@ -264,6 +264,7 @@ def _model(
             vocab_size=task.vocab_size,
             n_classes=task.n_classes,
             tokens_per_position=task.tokens_per_position,
+            decoder=getattr(task, "needs_decoder", False),
             **fields,
         )
         model = build_model(config, seed=0).to(device)

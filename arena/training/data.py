@@ -86,15 +86,12 @@ def train_batch(
         Tokens [R,B,T] (or [R,B,T,C]) and targets [R,B,T], int64, on the CPU. Replicas of one seed share
         the samples, which are then generated once.
     """
-    batches = {
-        seed: task.sample(
-            batch_size=batch_size, length=length, seed=seed, index=step * batch_size, split="train"
-        )
-        for seed in dict.fromkeys(seeds)
-    }
-    tokens = torch.stack([batches[seed].tokens for seed in seeds])
-    targets = torch.stack([batches[seed].targets for seed in seeds])
-    return tokens, targets
+    distinct = list(dict.fromkeys(seeds))
+    batch = task.sample_seeds(distinct, batch_size, length, step * batch_size, "train")
+    if len(distinct) == len(seeds):
+        return batch.tokens, batch.targets
+    own = torch.tensor([distinct.index(seed) for seed in seeds])
+    return batch.tokens[own], batch.targets[own]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

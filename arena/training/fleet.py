@@ -80,6 +80,10 @@ def _check(
             raise ValueError(
                 f"the model's {ours} is {getattr(model_config, ours)}, the task's {getattr(task, theirs)}"
             )
+    if getattr(task, "needs_decoder", False) and not model_config.decoder:
+        raise ValueError(
+            f"task {task.name!r} needs a model with decoder=True: its targets are its own inputs"
+        )
     for length in train_config.eval_lengths:
         task.check_length(length)
 

@@ -354,7 +354,7 @@ def set_launch(name: str, setting: dict) -> None:
     """Make every later launch of ours use these settings."""
     module = triton_static if name.startswith("static") else triton_dynamic
     usual = module.__dict__.setdefault("usual_launch_of", module.launch_of)
-    module.launch_of = lambda x, backward: replace(usual(x, backward), **setting)  # type: ignore[attr-defined]
+    module.launch_of = lambda *args: replace(usual(*args), **setting)  # type: ignore[attr-defined]
 
 
 def compile_setting(work: tuple[str, dict]) -> str:

@@ -76,14 +76,38 @@ class Launch:
     """Precision of the products that sum dU and dz; see ``triton_products.py``."""
 
 
-def launch_of(x: Tensor, backward: bool) -> Launch:
-    """The settings for x [G,B,T,D]: from a sweep on an H100, B4 T4096 D2048 (``kernels.gpu_check_conv``)."""
-    sums = precision_of(x, half=True)
-    block = min(64, max(16, triton.next_power_of_2(x.shape[-1])))
-    time = min(64 if backward else 32, max(16, triton.next_power_of_2(x.shape[2])))
+def launch_of(x: Tensor, backward: bool, held: int) -> Launch:
+    """The settings: in 16 bits from a sweep on an H100, B4 T4096 D2048 W4 R16 (``kernels.gpu_check_conv``).
+
+    Args:
+        x: [G,B,T,D].
+        backward: For the backward kernel.
+        held: Sums that the backward keeps on chip for every channel, W times the padded rank; head-wise 0.
+    """
+    wide = x.element_size() == 2
+    channels = 64 if wide else 32
+    if backward and held > 0:
+        channels = min(channels, max(16, 4096 // triton.next_power_of_2(held)))
+    channels = min(channels, max(16, triton.next_power_of_2(x.shape[-1])))
+    time = min(64 if backward and wide else 32, max(16, triton.next_power_of_2(x.shape[2])))
     return Launch(
-        time_block=time, channel_block=block, tiles_a_run=1024 // time, warps=4, stages=1, sums=sums
+        time_block=time,
+        channel_block=channels,
+        tiles_a_run=1024 // time,
+        warps=4,
+        stages=1,
+        sums=precision_of(x, half=True),
     )
+
+
+def held_by(u: Tensor | None) -> int:
+    """W times the padded rank of u [G,R,W,D]; head-wise 0."""
+    return 0 if u is None else u.shape[2] * padded(u.shape[1])
+
+
+def padded(rank: int) -> int:
+    """The block that holds the ranks: a power of two, at least the 16 that a matrix product needs."""
+    return max(16, triton.next_power_of_2(rank))
 
 
 class DynamicConv(torch.autograd.Function):
@@ -110,7 +134,7 @@ class DynamicConv(torch.autograd.Function):
         y = torch.empty_like(x)
         before = torch.empty_like(x) if keep else x.new_empty(*x.shape[:3], 0)
         if y.numel() > 0:
-            launch = launch_of(x, False)
+            launch = launch_of(x, False, held_by(tensors[2]))
             grid, numbers, names = geometry(launch, *tensors)
             with device_of(x):
                 forward_kernel[grid](
@@ -167,7 +191,7 @@ class DynamicConvGradient(torch.autograd.Function):
         """Launch the backward kernel, add up its partial sums."""
         dy, before, *tensors = contiguous(dy, before, x, z, u, filters, bias, state, pos, seq, head)
         x, z, u, filters, bias, state = tensors[:6]
-        launch = launch_of(x, True)
+        launch = launch_of(x, True, held_by(u))
         grid, numbers, names = geometry(launch, *tensors)
         G, B, T, D = x.shape
         runs = grid[0] // max(1, G * B)
@@ -250,7 +274,7 @@ def geometry(
         "Q": Q,
         "BT": launch.time_block,
         "BD": launch.channel_block,
-        "BR": max(16, triton.next_power_of_2(R)),
+        "BR": padded(R),
         "SPAN": span,
         "LOW_RANK": u is not None,
         "HAS_WEIGHT": bias is not None,

@@ -19,6 +19,7 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -281,54 +282,38 @@ def bench() -> list[dict]:
     for name in ("static", "static silu", "low-rank", "low-rank no bias", "head-wise"):
         run, leaves = conv_of(name)
         extra = {"head-wise": 3 * W * D // 16, "low-rank": 4 * R, "low-rank no bias": 4 * R}.get(name, 0)
-        least = (
-            B * T * (5 * D + extra) * 2
-        )  # every input read once and every output written once, both passes
+        least = B * T * (5 * D + extra) * 2  # every input read once, every output written once, both passes
         times = kernel_times(run, leaves)
         spent = sum(times.values())
         upstream = torch.randn_like(run())
-        replayed = do_bench_cudagraph(
-            lambda run=run, leaves=leaves, up=upstream: torch.autograd.grad(run(), leaves, up),
-            rep=60,
-            return_mode="median",
-        )
-        rows.append(
-            {
-                "what": name,
-                "us": times,
-                "total_us": spent,
-                "graph_us": replayed * 1e3,
-                "of_copy": least / rate / (spent * 1e-6),
-                "of_copy_graph": least / rate / (replayed * 1e-3),
-            }
-        )
-        print(name, {k: round(v, 1) for k, v in times.items()}, "total", round(spent, 1), "graph", end=" ")
-        print(round(replayed * 1e3, 1), "of copy", round(rows[-1]["of_copy"], 3), flush=True)
-    for (B, T, H, K), dtype in itertools.product(SLSTM_SHAPES, (torch.float32, torch.bfloat16)):
-        gates = torch.randn(B, T, 4, H, K, device="cuda", dtype=dtype, requires_grad=True)
-        recurrent = (torch.randn(4, H, K, K, device="cuda") * K**-0.5).requires_grad_()
-        row: dict = {"what": "slstm", "shape": (B, T, H, K), "dtype": str(dtype)[6:]}
-        upstream = torch.randn(B, T, H, K, device="cuda")
-
-        def call(
-            operator: Callable,
-            gates: Tensor = gates,
-            recurrent: Tensor = recurrent,
-            upstream: Tensor = upstream,
-        ) -> None:
-            out = operator(gates, recurrent)
-            torch.autograd.grad(out, [gates, recurrent], upstream.to(out.dtype))
-
-        for name, operator in {
-            "triton": lambda g, r: triton_slstm.slstm_triton(g, r, None)[0],
-            "torch": lambda g, r: slstm_fused(g.float(), r, None, False)[0],
-        }.items():
-            few = {"warmup": 10, "rep": 60} if name == "triton" else {"warmup": 1, "rep": 1}
-            row[name + "_ms"] = do_bench(lambda f=operator: call(f), return_mode="median", **few)
-        row["ratio"] = row["torch_ms"] / row["triton_ms"]
+        call = partial(lambda run, *rest: torch.autograd.grad(run(), *rest), run, leaves, upstream)
+        replayed = do_bench_cudagraph(call, rep=60, return_mode="median")
+        row = {"what": name, "us": times, "total_us": spent, "graph_us": replayed * 1e3}
+        row |= {"of_copy": least / rate / (spent * 1e-6), "of_copy_graph": least / rate / (replayed * 1e-3)}
         rows.append(row)
-        print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
+        print(row, flush=True)
+    for shape, dtype in itertools.product(SLSTM_SHAPES, (torch.float32, torch.bfloat16)):
+        rows.append(slstm_times(shape, dtype))
+        print(rows[-1], flush=True)
     return rows
+
+
+def slstm_times(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
+    """Milliseconds of a forward and backward as the user calls them, ours and the torch path's."""
+    B, T, H, K = shape
+    gates = torch.randn(B, T, 4, H, K, device="cuda", dtype=dtype, requires_grad=True)
+    recurrent = (torch.randn(4, H, K, K, device="cuda") * K**-0.5).requires_grad_()
+
+    def ours() -> None:
+        triton_slstm.slstm_triton(gates, recurrent, None)[0].sum().backward()
+
+    def torch_path() -> None:
+        slstm_fused(gates.float(), recurrent, None, False)[0].sum().backward()
+
+    mine = do_bench(ours, warmup=10, rep=60, return_mode="median")
+    theirs = do_bench(torch_path, warmup=1, rep=1, return_mode="median")
+    row = {"what": "slstm", "shape": shape, "dtype": str(dtype)[6:]}
+    return row | {"triton_ms": round(mine, 3), "torch_ms": round(theirs, 3), "ratio": round(theirs / mine, 1)}
 
 
 def settings_of() -> list[tuple[str, dict]]:

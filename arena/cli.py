@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         status = typer.main.get_command(app).main(words, prog_name="arena", standalone_mode=False)
     except KeyboardInterrupt:
+        print(f"stopped; to start again: {_again()}")
         status = INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -142,21 +142,21 @@ def train_runs(
         ]
         count, threads = share_cores(workers if workers is not None else gpus or None, len(fleets))
         report = GridReport(planned=len(runs), stored=len(finished), others=others)
-        if on_start is not None:
-            on_start(
-                Pending(
-                    fleets=fleets,
-                    planned=len(runs),
-                    stored=len(finished),
-                    others=others,
-                    workers=count,
-                    threads=threads,
-                )
-            )
         queue = deque(fleets)
         events = run_local(queue, work, workers=count, threads=threads, gpus=gpus)
         died: set[str] = set()
         try:
+            if on_start is not None:
+                on_start(
+                    Pending(
+                        fleets=fleets,
+                        planned=len(runs),
+                        stored=len(finished),
+                        others=others,
+                        workers=count,
+                        threads=threads,
+                    )
+                )
             for event in events:
                 _handle(event, store, queue, finished, died, report)
                 if on_event is not None:

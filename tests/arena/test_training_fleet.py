@@ -232,17 +232,17 @@ def test_early_stop_freezes_a_replica_at_its_own_step():
 
 def test_data_order_is_paired_across_architectures(monkeypatch):
     seen: dict[str, list] = {"gdn": [], "mlstm": []}
-    plain = type(TASK).sample
+    plain = type(TASK).sample_seeds
     for arch, calls in seen.items():
 
         def record(self, *args, calls=calls, **kwargs):
             calls.append((args, kwargs))
             return plain(self, *args, **kwargs)
 
-        monkeypatch.setattr(type(TASK), "sample", record)
+        monkeypatch.setattr(type(TASK), "sample_seeds", record)
         train_fleet(model_config(arch), TASK, train_config(), [Replica(seed=4), Replica(seed=5)])
     assert seen["gdn"] == seen["mlstm"]
-    assert len(seen["gdn"]) > 12
+    assert len(seen["gdn"]) >= 6
 
 
 def test_out_of_memory_is_told_apart(monkeypatch):
@@ -313,7 +313,7 @@ def test_steps_on_a_gpu_do_not_wait_for_it():
 
 
 def test_gdn_neg_learns_parity_and_gdn_does_not():
-    config = train_config(steps=150, train_lengths=(3, 16), valid_lengths=(20,), eval_examples=64)
+    config = train_config(steps=250, train_lengths=(3, 16), valid_lengths=(20,), eval_examples=64)
 
     def best(arch: str) -> float:
         replicas = [Replica(seed=seed, lr=1e-2) for seed in range(4)]

@@ -15,7 +15,6 @@ import argparse
 import importlib
 import itertools
 import json
-import platform
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -383,7 +382,6 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "python": platform.python_version(),
     }
     if options.what in ("check", "all"):
         result["check"] = check(options.jobs)

@@ -19,7 +19,7 @@ from kernels.folding import fold, unfold
 from kernels.gated_memory.passes import Inputs, backward, chunks_of, forward
 
 # Elements of one input tensor in a block of sequences: large enough to hide the cost of calling torch.
-BLOCK = 2**17
+BLOCK = 2**18
 
 
 def gated_memory_chunked(
@@ -85,7 +85,7 @@ class _Forward(Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *tensors, state, scale = args
         B, T, H, _ = tensors[1].shape
-        J, C = chunks_of(T)
+        J, C = chunks_of(Inputs(*tensors))
         inputs = Inputs(*tensors).map(lambda x: _padded(x, J * C))
         o, last = torch.empty_like(inputs.v, memory_format=torch.contiguous_format), torch.empty_like(state)
         saved: list[Tensor] = []
@@ -103,13 +103,20 @@ class _Forward(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, _, scale = inputs
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output[2:])
         ctx.scale = scale
 
     @staticmethod
-    def backward(ctx: Any, grad_o: Tensor, grad_state: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grads = iter(_Backward.apply(*ctx.saved_tensors, grad_o, grad_state, ctx.scale))
+    def backward(
+        ctx: Any, grad_o: Tensor | None, grad_state: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
         inputs = Inputs(*ctx.saved_tensors[:6])
+        if grad_o is None:
+            grad_o = torch.zeros_like(inputs.v)
+        if grad_state is None:
+            grad_state = inputs.k.new_zeros(*inputs.k.shape[::2], inputs.k.shape[3], inputs.v.shape[3])
+        grads = iter(_Backward.apply(*ctx.saved_tensors, grad_o, grad_state, ctx.scale))
         return *(None if x is None else next(grads) for x in inputs), next(grads), None
 
     @staticmethod
@@ -124,7 +131,7 @@ class _Backward(Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *tensors, grad_o, grad_state, scale = args
         T = grad_o.shape[1]
-        J, C = chunks_of(T)
+        J, C = chunks_of(Inputs(*tensors[:6]))
         inputs = Inputs(*tensors[:6]).map(lambda x: _padded(x, J * C))
         saved = [x.transpose(0, 1) for x in tensors[6:]]
         grad_o = _padded(grad_o, J * C)
@@ -159,7 +166,8 @@ class _Backward(Function):
 def _blocks(inputs: Inputs) -> Iterator[slice]:
     """Cut the batch into slices whose tensors have about BLOCK elements."""
     B, T, H, K = inputs.k.shape
-    size = max(1, BLOCK // (T * H * max(K, inputs.v.shape[-1])))
+    blocks = max(1, round(B * T * H * max(K, inputs.v.shape[-1]) / BLOCK))
+    size = max(1, -(-B // blocks))
     return (slice(b, b + size) for b in range(0, B, size))
 
 

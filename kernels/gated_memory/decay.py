@@ -31,7 +31,7 @@ class Decay(NamedTuple):
 
     start_ncx: Tensor  # from the state before the chunk to token c, inclusive: exp(G_c)
     end_ncx: Tensor  # from token c, exclusive, to the end of the chunk: exp(G_last - G_c)
-    pair_ncs: Tensor | None  # scalar decay: exp(G_c - G_s) for s <= c, else 0; wide
+    pair_ncs: Tensor | None  # scalar decay: exp(G_c - G_s) for s <= c, else 0
     row_nck: Tensor | None  # decay per channel: exp(G_c - G_0 + shift); wide
     key_nck: Tensor | None  # decay per channel: its reciprocal; wide
 
@@ -47,7 +47,7 @@ def decay_of(log_ncx: Tensor, *, per_channel: bool) -> Decay:
     log_ncx.clamp_(min=MIN_LOG_DECAY)
     if not per_channel:
         sum_ncx = log_ncx.double().cumsum(1)
-        pair_ncs = (sum_ncx - sum_ncx.transpose(1, 2)).clamp_(max=0.0).exp_().tril_()
+        pair_ncs = (sum_ncx - sum_ncx.transpose(1, 2)).to(dtype).clamp_(max=0.0).exp_().tril_()
         end_ncx = (sum_ncx[:, -1:] - sum_ncx).exp_().to(dtype)
         return Decay(sum_ncx.exp_().to(dtype), end_ncx, pair_ncs, None, None)
     row_nck = log_ncx.exp_().double()
@@ -65,21 +65,21 @@ def scores(rows_nrk: Tensor, keys_nck: Tensor, decay: Decay | None) -> tuple[Ten
     """Return queries . keys, and erase vectors . keys (wide; None without them), under the decay between
     them.
 
-    Both [n,c,s]; entries s > c are junk.
+    Both [n,c,s]; the first is 0 where s > c, the second holds anything from its diagonal on.
     """
     C = keys_nck.shape[1]
     if decay is not None and decay.row_nck is not None:
         rows, keys = _factors(rows_nrk, keys_nck, decay)
         pairs_nrs = torch.bmm(rows, keys.transpose(1, 2))
-        return pairs_nrs[:, :C], pairs_nrs[:, C:] if rows.shape[1] > C else None
+        erased = pairs_nrs[:, C:] if rows.shape[1] > C else None
+        return pairs_nrs[:, :C].tril().to(keys_nck.dtype), erased
     reads = torch.bmm(rows_nrk[:, :C], keys_nck.transpose(1, 2))
     erased = None
     if rows_nrk.shape[1] > C:
         erased = torch.bmm(rows_nrk[:, C:].double(), keys_nck.double().transpose(1, 2))
-    if decay is not None and decay.pair_ncs is not None:
-        reads = reads.mul_(decay.pair_ncs)
-        erased = None if erased is None else erased.mul_(decay.pair_ncs)
-    return reads, erased
+    if decay is None or decay.pair_ncs is None:
+        return reads.tril_(), erased
+    return reads.mul_(decay.pair_ncs), None if erased is None else erased.mul_(decay.pair_ncs.double())
 
 
 def scores_backward(
@@ -99,7 +99,7 @@ def scores_backward(
         grad_keys = torch.bmm(wide_nrs.transpose(1, 2), rows).mul_(decay.key_nck)
         return grad_rows.to(rows_nrk.dtype), grad_keys.to(keys_nck.dtype)
     if decay is not None and decay.pair_ncs is not None:
-        grad_nrs = grad_nrs * decay.pair_ncs.to(grad_nrs.dtype).repeat(1, R // C, 1)
+        grad_nrs = (grad_nrs.view(N, R // C, C, C) * decay.pair_ncs[:, None]).view(N, R, C)
     return torch.bmm(grad_nrs, keys_nck), torch.bmm(grad_nrs.transpose(1, 2), rows_nrk)
 
 

@@ -13,7 +13,7 @@ forward substitution in float64: with repeated keys and erase = 2, Neumann doubl
 magnitude.
 
 Axes: j = chunk, x = batch x heads, n = (j, x), c (s) = token in the chunk, k, v = channels, r = c queries
-then c erase vectors (or none), m = k state rows then c token rows.
+then c erase vectors (or none).
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from kernels.gated_memory.decay import (
     scores_backward,
     unit_lower_inverse,
 )
+
+# Tokens in a chunk unless the decay is per channel: the fastest of 16, 32 and 64 for heads of 32 channels.
+CHUNK = 32
 
 
 class Inputs(NamedTuple):
@@ -55,9 +58,12 @@ class Inputs(NamedTuple):
         return self.map(lambda x: x[sequences])
 
 
-def chunks_of(T: int) -> tuple[int, int]:
+def chunks_of(inputs: Inputs) -> tuple[int, int]:
     """Return the number of chunks and the tokens in each: as equal as can be, so that little is padding."""
-    J = max(1, -(-T // MAX_CHANNEL_CHUNK))
+    T = inputs.k.shape[1]
+    per_channel = inputs.log_decay is not None and inputs.log_decay.dim() == 4
+    longest = MAX_CHANNEL_CHUNK if per_channel else CHUNK
+    J = max(1, -(-T // longest))
     return J, max(1, -(-T // J))
 
 
@@ -93,6 +99,11 @@ def prepare(inputs: Inputs, scale: float, C: int) -> tuple[Tensor, Tensor, Decay
     return rows.view(-1, R, K), contiguous(k_chunks), decay
 
 
+def gated_values(inputs: Inputs, C: int) -> Tensor:
+    """Return Z = write * v, [n,c,v]."""
+    return contiguous(split(inputs.v, C), None if inputs.write is None else split(inputs.write, C))
+
+
 def decayed(x: Tensor, factor: Tensor | None) -> Tensor:
     """Return x * factor, or x without a factor."""
     return x if factor is None else x * factor
@@ -110,15 +121,14 @@ def forward(inputs: Inputs, state_xkv: Tensor, scale: float, out: Tensor) -> tup
     """Write the outputs [B,J*C,H,V] into ``out``.
 
     Returns:
-        The last state [x,K,V], and what the backward pass wants: P, [S; R], and with erase A, Y.
+        The last state [x,K,V], and what the backward pass wants: P, S, and with erase R, A, Y.
     """
-    J, C = chunks_of(out.shape[1])
+    J, C = chunks_of(inputs)
     rows, keys, decay = prepare(inputs, scale, C)
-    values = contiguous(split(inputs.v, C), None if inputs.write is None else split(inputs.write, C))
+    values = gated_values(inputs, C)
     (N, _, K), V, X = keys.shape, values.shape[-1], len(state_xkv)
     start, end = (None, None) if decay is None else (decay.start_ncx, decay.end_ncx)
     read_pairs, erase_pairs = scores(rows, keys, decay)
-    read_pairs = read_pairs.tril().to(keys.dtype)
     saved: list[Tensor] = []
 
     key_end = decayed(keys, end).view(J, X, C, K).transpose(2, 3)
@@ -135,41 +145,41 @@ def forward(inputs: Inputs, state_xkv: Tensor, scale: float, out: Tensor) -> tup
         y_nck = torch.bmm(wide_ncs, decayed(rows[:, C:], start).double()).to(keys.dtype)
         inverse_ncs = wide_ncs.to(keys.dtype)
         values = torch.bmm(inverse_ncs, values)
-        saved += [inverse_ncs, y_nck]
+        saved += [values, inverse_ncs, y_nck]
         y = y_nck.view(J, X, C, K)
         steps = zip(values.view(J, X, C, V), y, key_end, kept, states[:-1], states[1:], strict=True)
         for r, y_j, keys_t, d, before, after in steps:
             r.baddbmm_(y_j, before, alpha=-1)
             keep(before, d, after)
             after.baddbmm_(keys_t, r)
-    sources_nmv = torch.cat([states[:-1].view(N, K, V), values], 1)
-    reads_ncm = torch.cat([decayed(rows[:, :C], start), read_pairs], -1)
-    split(out, C).copy_(torch.bmm(reads_ncm, sources_nmv).view(J, -1, out.shape[2], C, V))
-    return states[J], [read_pairs, sources_nmv, *saved]
+    states_nkv = states[:J].view(N, K, V)
+    o_ncv = torch.bmm(decayed(rows[:, :C], start), states_nkv).baddbmm_(read_pairs, values)
+    place(o_ncv, out, C)
+    return states[J], [read_pairs, states_nkv, *saved]
 
 
 def backward(
     inputs: Inputs, saved: list[Tensor], grad_o: Tensor, grad_state_xkv: Tensor, scale: float, out: Inputs
 ) -> Tensor:
     """Write the gradients of the inputs into ``out``; return that of the initial state [x,K,V]."""
-    J, C = chunks_of(grad_o.shape[1])
-    read_pairs, sources_nmv, *inverse = saved
+    J, C = chunks_of(inputs)
+    read_pairs, states_nkv, *erasing = saved
     rows, keys, decay = prepare(inputs, scale, C)
     (N, _, K), V, X = keys.shape, grad_o.shape[-1], len(grad_state_xkv)
     start, end = (None, None) if decay is None else (decay.start_ncx, decay.end_ncx)
     grad_o_ncv = contiguous(split(grad_o, C))
     grad_tokens = torch.bmm(read_pairs.transpose(1, 2), grad_o_ncv)
 
-    # grad_states[j] is the gradient of the state before chunk j; it starts as what the outputs of the chunk
-    # ask for.
+    # grad_states[j] is the gradient of the state before chunk j; the outputs of the chunk give a first part.
     key_end = decayed(keys, end)
     kept: Sequence[Tensor | None] = [None] * J if decay is None else decay.total_nx.view(J, X, -1, 1).unbind()
     grad_states = keys.new_empty(J + 1, X, K, V)
     grad_states[J] = grad_state_xkv
     reads = decayed(rows[:, :C], start)
     torch.bmm(reads.transpose(1, 2), grad_o_ncv, out=grad_states[:J].view(N, K, V))
-    if inverse:
-        y_t = inverse[1].view(J, X, C, K).transpose(2, 3)
+    if erasing:
+        values, inverse_ncs, y_nck = erasing
+        y_t = y_nck.view(J, X, C, K).transpose(2, 3)
         steps = list(zip(grad_tokens.view(J, X, C, V), y_t, key_end.view(J, X, C, K), kept, strict=True))
         for j, (grad_r, y_j, keys_j, d) in reversed(list(enumerate(steps))):
             grad_r.baddbmm_(keys_j, grad_states[j + 1])
@@ -178,38 +188,39 @@ def backward(
     else:
         for j in reversed(range(J)):
             accumulate(grad_states[j], kept[j], grad_states[j + 1])
+        values = gated_values(inputs, C)
         grad_tokens.baddbmm_(key_end, grad_states[1:].view(N, K, V))
     grad_next = grad_states[1:].view(N, K, V)
     grad_z, grad_reads = grad_tokens, grad_o_ncv
-    if inverse:
-        grad_z = torch.bmm(inverse[0].transpose(1, 2), grad_tokens)
+    if erasing:
+        grad_z = torch.bmm(inverse_ncs.transpose(1, 2), grad_tokens)
         grad_reads = torch.cat([grad_o_ncv, -grad_z], 1)
 
-    # One product gives the gradients of Q', E' (first K columns) and of P, L.
-    grad_reads = torch.bmm(grad_reads, sources_nmv.transpose(1, 2))
-    grad_pairs = grad_reads[:, :, K:].contiguous()
+    direct = torch.bmm(grad_reads, states_nkv.transpose(1, 2)).unflatten(1, (-1, C))
+    grad_pairs = torch.bmm(grad_reads, values.transpose(1, 2))
     grad_pairs[:, :C].tril_()
     grad_pairs[:, C:].tril_(-1)
     grad_rows, grad_keys = scores_backward(grad_pairs, rows, keys, decay)
-    direct = grad_reads[:, :, :K].unflatten(1, (-1, C))
     accumulate(grad_rows.unflatten(1, (-1, C)), None if start is None else start[:, None], direct)
-    grad_end = decayed(torch.bmm(sources_nmv[:, K:], grad_next.transpose(1, 2)), end)
+    grad_end = decayed(torch.bmm(values, grad_next.transpose(1, 2)), end)
     grad_keys += grad_end
 
     if out.log_decay is not None and inputs.log_decay is not None and decay is not None:
         # A row's log-gradient is <row, its gradient>, a key's the negative: the sums G enter in no other way.
         grad_sum = rows[:, :C] * grad_rows[:, :C]
-        if inverse:
+        if erasing:
             grad_sum.addcmul_(rows[:, C:], grad_rows[:, C:])
         grad_sum.addcmul_(keys, grad_keys, value=-1)
-        grad_total = (sources_nmv[:, :K] * grad_next).sum(-1).mul_(decay.total_nx)
+        grad_total = (states_nkv * grad_next).sum(-1).mul_(decay.total_nx)
         grad_sum[:, -1] += (keys * grad_end).sum(1) + grad_total
         if out.log_decay.dim() == 3:
-            grad_sum = grad_sum.sum(-1, keepdim=True)
-        from_here = torch.ones(C, C, dtype=keys.dtype, device=keys.device).triu_().expand(N, C, C)
-        place(torch.bmm(from_here, grad_sum), out.log_decay, C)
+            grad_log = grad_sum.sum(-1).flip(1).cumsum(1).flip(1)[..., None]
+        else:
+            from_here = torch.ones(C, C, dtype=keys.dtype, device=keys.device).triu_().expand(N, C, C)
+            grad_log = torch.bmm(from_here, grad_sum)
+        place(grad_log, out.log_decay, C)
         out.log_decay.masked_fill_(inputs.log_decay < MIN_LOG_DECAY, 0.0)
-    place(grad_rows[:, :C], out.q, C, scale)
+    place(grad_rows[:, :C], out.q, C, None if scale == 1.0 else scale)
     if out.erase is not None and inputs.erase is not None:
         grad_e = grad_rows[:, C:]
         place(grad_e, out.erase, C, keys)

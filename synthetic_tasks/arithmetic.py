@@ -283,8 +283,9 @@ class SolveEquation(ModArithmeticBrackets):
     Tokens: 0 "+", 1 "-", 2 "x", 3 "=", 4 "(", 5 ")", then the digits. Classes: the digits' values.
     Example: ( 2 - x ) = 3 -> 4.
     Scored: the last position, the equation's value.
-    Source: the task of Deletang et al. 2023; the expression has T - 2 tokens, the hidden digit is uniform
-    among its digits. xLSTM paper (2405.04517, App. B.1.1).
+    Source: the task of Deletang et al. 2023 and the xLSTM paper (2405.04517, App. B.1.1); the expression has
+    T - 2 tokens. Here the hidden digit is uniform among its digits; the public generator hides the first
+    digit from a uniform place on, so that digits after long runs of brackets are likelier.
     Metric: accuracy. Dials: length, modulus.
     Chance: 1/modulus.
     """

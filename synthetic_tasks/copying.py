@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import numpy as np
 
@@ -101,9 +102,10 @@ class Compression(Task):
     the marker.
     Example: 7 2 5 ! #2 #0 #1 -> 5 7 2.
     Scored: the position tokens.
-    Source: MAD's compression (baseline 16 symbols, length 32). There the model's state at the marker, with
-    a position encoding, is decoded by a two-layer MLP that is not part of the model: compat="mad" gives T -
-    1 symbols and the marker with all T tokens as targets, for such a head only (`needs_decoder` is true).
+    Source: MAD's compression (baseline V 16 with the marker, so n_symbols=15; length 32). There the model's
+    state at the marker, with a position encoding, is decoded by a two-layer MLP that is not part of the
+    model: compat="mad" gives T - 1 symbols and the marker with all T tokens as targets, for such a head only
+    (`needs_decoder` is true).
     Read causally those targets are the inputs, so a trainer without this head must refuse it. MAD's noise
     variant returns the inputs as targets, noise included; there is no noise here.
     Metric: accuracy. Dials: length (load), n_symbols.
@@ -201,7 +203,8 @@ class SelectiveCopy(Task):
     Example: . 4 . . 2 . ! . . -> 4 2.
     Scored: the last n_copies positions.
     Source: MAD's selective copying (baseline V 16 with blank and copy token, so n_symbols=14; length 256,
-    16 copies). Its last symbol always stands directly before the copy token; compat="mad" does that too.
+    16 copies). There every blank goes before one of the symbols, chosen uniformly, so the last symbol
+    always stands directly before the copy token and even spacings are likelier; compat="mad" does that too.
     Metric: accuracy. Dials: n_copies (load), length (lag).
     Chance: 1/n_symbols.
     """
@@ -211,7 +214,9 @@ class SelectiveCopy(Task):
     n_copies: int = 16
     """Symbols to copy."""
     compat: str = "none"
-    """"mad": the last symbol stands directly before the copy token."""
+    """"mad": every blank goes before a uniformly chosen symbol."""
+
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         self._require("n_symbols", 2, 2**16)
@@ -247,8 +252,8 @@ class SelectiveCopy(Task):
         region = length - k - 1
         symbols = rows.below(self.n_symbols, 0, k)
         if self.compat == "mad":
-            place = np.full((len(rows), k), region - 1)
-            place[:, :-1] = np.sort(rows.distinct(region - 1, 1, k - 1), axis=1) if k > 1 else 0
+            before = rows.below(k, 1, region - k)[:, :, None]  # the symbol that follows each blank
+            place = np.arange(k) + np.stack([(before <= i).sum(axis=1)[:, 0] for i in range(k)], axis=1)
         else:
             place = np.sort(rows.distinct(region, 1, k), axis=1)
         tokens = np.full((len(rows), length), self.n_symbols, np.int64)

@@ -111,7 +111,7 @@ class MajorityCount(Task):
     Definition: form="capped" (published): T independent uniform symbols, the answer is the highest count,
     capped at n_classes. form="share" (comparable at all lengths): one symbol has a strict majority and its
     margin, count of this symbol less count of all others, is uniform over the possible ones; the answer is
-    the margin's share of T in n_classes equal bins.
+    the margin's share of T in n_classes equal bins (class c: above c / n_classes, up to (c + 1) / n_classes).
     Tokens: the symbols 0 .. n_symbols-1. Classes: capped: class c-1 is the count c; share: the bins.
     Example: capped, 2 0 2 1 -> count 2, class 1. Share with 4 bins, 2 0 2 2 -> margin 2 of 4, class 1.
     Scored: the last position.

@@ -28,14 +28,15 @@ class MQAR(Task):
     drawn with probability proportional to slot^(power-1) without replacement (small powers: near the start
     of that region). A query is the key in its slot's first token; the value is not written after it.
     Tokens: 0 blank, keys 1 .. V/2-1, values V/2 .. V-1 for V = vocab_size. Classes: the same tokens.
-    Example: 3 9 5 12 0 0 5 . 3 . with V = 16 -> at 5 the answer is 12, at the second 3 it is 9.
+    Example: k3 v1 k5 v4 . . k5 . k3 . -> at the second k5 the answer is v4, at the second k3 it is v1.
     Scored: the queries, n_pairs positions a sequence.
     Source: Zoology (Arora et al. 2023), zoology/data/multiquery_ar.py. Its defects are off: fillers come
     from the sample's own stream and never equal a key of the context (theirs do in a third of the examples
     at 256/16), and the order of the queries says nothing about the order of the pairs (theirs: rank
-    correlation 0.5 at n_pairs = length/4). compat="zoology" brings the last two back: fillers from the
-    whole vocabulary, the i-th pair into the i-th slot drawn; then `solve` may also answer fillers that
-    happen to equal a key. Zoology wants length below V.
+    correlation 0.5 at n_pairs = length/4). compat="zoology" brings the last two back: fillers (with
+    filler="noise", the default of the published generator; its Figure 2 has none) from the whole
+    vocabulary, the i-th pair into the i-th slot drawn; then `solve` may also answer fillers that happen to
+    equal a key. Zoology wants length below V.
     Metric: accuracy at queries. Dials: n_pairs (load), power (lag), length, vocab_size.
     Chance: 1/n_pairs, a value of the context picked blindly.
     Splits: a set of pairs belongs to one split, in whatever order and place it comes (where there are fewer
@@ -158,6 +159,13 @@ class MQAR(Task):
         targets[:, context::2] = np.where(answers >= 0, answers, targets[:, context::2])
         return targets
 
+    def token_name(self, token: int) -> str:
+        """`.` for the blank, `k3`, `v5`."""
+        half = self.vocab_size // 2
+        if token == 0:
+            return "."
+        return f"k{token}" if token < half else f"v{token - half}"
+
 
 @register("mqar_stacked", "recall")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +176,7 @@ class MQARStacked(MQAR):
     [B,T,2]. The first n_pairs positions are (key, value); every key is asked once, as (key, 0), at a later
     position drawn with probability proportional to place^(power-1) without replacement; the rest is (0, 0).
     Tokens: 0 blank, keys 1 .. V/2-1, values V/2 .. V-1 for V = vocab_size. Classes: the same tokens.
-    Example: 3/9 5/12 ./. 5/. 3/. with V = 16 -> at 5 the answer is 12, at the second 3 it is 9.
+    Example: k3/v1 k5/v4 ./. k5/. k3/. -> at the second k5 the answer is v4, at the second k3 it is v1.
     Scored: the queries, n_pairs positions a sequence.
     Source: Zoology's continuous MQAR ("key and value embeddings concatenated in one position"), here with
     tokens. compat="zoology" gives its order leak: the i-th pair goes into the i-th place drawn.

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from synthetic_tasks.base import IGNORE, Draw, Task, most_frequent_answer, register, unscored
+from synthetic_tasks.base import IGNORE, Draw, Task, register, unscored
 from synthetic_tasks.rng import Rows
 
 
@@ -188,32 +188,23 @@ class BucketSort(StringTask):
 @register("set", "counting and stacks")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrderedSet(StringTask):
-    """Write the different symbols in order of first appearance, then "end".
+    """Write the different symbols in order of first appearance.
 
-    Definition: n uniform symbols, then n + 1 placeholders; the answers are the symbols that occur, each
-    once, in the order of their first appearance, then "end". What follows is not scored.
-    Tokens: the symbols, then the placeholder n_symbols. Classes: the symbols, then "end".
-    Example: 3 1 3 4 _ _ _ _ _ -> 3 1 4 end.
-    Scored: placeholders up to "end".
-    Source: the "set" task of the xLSTM paper (2405.04517, App. B.1.1: n_symbols=126, chance 1/126); the
-    order and the end mark are our reading.
+    Definition: n uniform symbols, then n placeholders; the answers are the symbols that occur, each once,
+    in the order of their first appearance. What follows is not scored.
+    Tokens: the symbols, then the placeholder n_symbols. Classes: the symbols.
+    Example: 3 1 3 4 _ _ _ _ -> 3 1 4.
+    Scored: as many placeholders as there are different symbols.
+    Source: the "set" task of the xLSTM paper (2405.04517, App. B.1.1: n_symbols=126, chance 1/126, so there
+    is no end mark); order and scoring as in Benjamin-Walker/structured-linear-cdes.
     Metric: accuracy. Dials: length, n_symbols.
-    Chance: the share of the most frequent answer, measured on fixed samples (with few repeats that is "end").
+    Chance: 1/n_symbols.
     """
+
+    version: ClassVar[int] = 2
 
     n_symbols: int = 126
     """Size of the alphabet."""
-
-    outputs: ClassVar[tuple[int, int]] = (1, 1)
-
-    @property
-    def n_classes(self) -> int:
-        """The symbols and "end"."""
-        return self.n_symbols + 1
-
-    def chance(self, length: int) -> float:
-        """The share of the most frequent answer."""
-        return most_frequent_answer(self, length)
 
     def _answer(self, x: np.ndarray) -> np.ndarray:
         rows, n = x.shape
@@ -224,15 +215,10 @@ class OrderedSet(StringTask):
         fresh = np.zeros_like(first)
         np.put_along_axis(fresh, order, first, axis=1)
         count = np.cumsum(fresh, axis=1)
-        out = np.full((rows, n + 1), IGNORE, np.int64)
+        out = np.full((rows, n), IGNORE, np.int64)
         row, column = np.nonzero(fresh)
         out[row, count[row, column] - 1] = x[row, column]
-        out[np.arange(rows), count[:, -1]] = self.n_symbols
         return out
-
-    def class_name(self, label: int) -> str:
-        """The symbol's number or `end`."""
-        return "end" if label == self.n_symbols else str(label)
 
 
 @register("missing_duplicate", "counting and stacks")

@@ -212,7 +212,7 @@ def test_a_foreign_kernels_distribution_is_refused(tmp_path):
         (["list", "experiments"], "quickstart"),
         (["list"], "gdn-neg"),
         (["show", "parity", "--examples", "1"], "→"),
-        (["show", "mqar", "--param", "n_pairs=2", "--param", "vocab_size=8"], "1→4"),
+        (["show", "mqar", "--param", "n_pairs=2", "--param", "vocab_size=8"], "k1→v0"),
     ],
 )
 def test_what_prints_and_ends_well(here, arguments, words):

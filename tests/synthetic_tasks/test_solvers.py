@@ -163,7 +163,8 @@ def stack(task, t):
 def binary_addition(task, t):
     a, b = "".join(read(t)).split("+")
     total = int(a[::-1], 2) + int(b[::-1], 2)
-    return written(t, format(total, f"0{max(len(a), len(b)) + 1}b")[::-1])
+    assert "1" in a and "1" in b
+    return written(t, [*format(total, "b")[::-1], "end"])
 
 
 def mqar(task, t):
@@ -320,7 +321,7 @@ STRINGS = {
     "duplicate": lambda x: x + x,
     "odds_first": lambda x: x[::2] + x[1::2],
     "bucket_sort": lambda x: sorted(x, key=int),
-    "set": lambda x: [*dict.fromkeys(x), "end"],
+    "set": lambda x: list(dict.fromkeys(x)),
 }
 ORACLES = {
     "parity": parity,

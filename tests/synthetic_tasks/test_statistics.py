@@ -3,6 +3,7 @@
 All samples are fixed, so a test either always passes or always fails; p-values below 1e-4 fail.
 """
 
+import math
 import random
 import re
 from collections import Counter
@@ -245,6 +246,32 @@ def test_mad_recall_scores_as_many_positions_as_published():
         assert abs(scored - want) < 1.0, (name, scored)
 
 
+def test_mad_fuzzy_recall_scores_and_pads_as_published():
+    task = synthetic_tasks.get("fuzzy_recall", vocab_size=16, compat="mad")  # 7 keys, 8 values, padding 15
+    tokens, targets = task.sample(4000, length=128)
+    assert abs((targets != -100).sum().item() / 4000 - 4.4) < 0.15
+    assert abs((tokens == 15).sum().item() / 4000 - 5) < 0.2
+    begin = (tokens == 15).sum(1, keepdim=True)
+    assert (tokens.gather(1, begin + torch.arange(3)) < 7).all() and task.chance(128) == 1 / 8
+
+
+def test_binary_addition_draws_each_number_uniformly_over_those_that_are_not_zero():
+    task = synthetic_tasks.get("binary_addition")
+    read = task.sample(9000, length=10).tokens[:, :5].tolist()
+    seen = Counter(map(tuple, read))
+    pairs = {1: 7, 2: 9, 3: 7}  # place of the plus -> pairs of numbers
+    assert len(seen) == 23
+    want = [9000 / 3 / pairs[row.index(2)] for row in seen]
+    assert p_value(list(seen.values()), want) > LEVEL
+
+
+def test_stack_begins_with_one_to_all_but_one_of_the_tokens():
+    read = synthetic_tasks.get("stack").sample(6000, length=21).tokens.numpy()[:, :10]
+    filled = (np.cumsum(read >= 2, axis=1) == 0).sum(axis=1)
+    assert p_value(np.bincount(filled, minlength=11)[1:10], [6000 / 9] * 9) > LEVEL
+    assert filled.max() == 9
+
+
 def test_mad_noise_slots_and_keys():
     task = synthetic_tasks.get("noisy_recall", noise_fraction=0.4)
     tokens = task.sample(2000, length=65).tokens.numpy()[:, :-1].reshape(2000, 32, 2)
@@ -280,6 +307,10 @@ def test_selective_copy_places():
     assert len(codes) == 45 and p_value(list(codes.values()), [6000 / 45] * 45) > LEVEL
     mad = synthetic_tasks.get("selective_copy", n_copies=2, compat="mad").sample(500, length=13).tokens
     assert (mad[:, 9] < 14).all() and (task.sample(500, length=13).tokens[:, 9] >= 14).any()
+    # Each of the 8 blanks goes before one of the two symbols: a binomial number before the first.
+    mad = synthetic_tasks.get("selective_copy", n_copies=2, compat="mad").sample(6000, length=13).tokens
+    first = (mad[:, :10] < 14).numpy().argmax(axis=1)
+    assert p_value(np.bincount(first, minlength=9), [6000 * math.comb(8, i) / 2**8 for i in range(9)]) > LEVEL
 
 
 def test_variable_keys_have_uniform_lengths_where_there_is_room():

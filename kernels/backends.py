@@ -60,8 +60,9 @@ def with_triton(
 ) -> tuple[str, ...]:
     """The implementations for :func:`resolve_backend` of an operator that also has Triton kernels.
 
-    Those come first for tensors on a GPU. Where they are the default, or the choice of ``ARENA_BACKEND``, but
-    can't run, the first of ``others`` takes their place and a warning says why, once for each reason.
+    Those are never the default: they run where ``ARENA_BACKEND`` or the caller names them. Where
+    ``ARENA_BACKEND`` does but they can't run, the first of ``others`` takes their place and a warning says
+    why, once for each reason.
 
     Args:
         operator: Its name, for messages.
@@ -75,11 +76,10 @@ def with_triton(
     """
     refusal = refusal or _triton_refusal(x)
     if refusal is None:
-        return ("triton", *others) if x.is_cuda else (*others, "triton")
+        return (*others, "triton")
     if backend == "triton":
         raise ValueError(f"{operator}: backend 'triton' {refusal}; use '{others[0]}'")
-    wanted = os.environ.get("ARENA_BACKEND", "auto")
-    if backend == "auto" and (wanted == "triton" or (x.is_cuda and wanted not in others)):
+    if backend == "auto" and os.environ.get("ARENA_BACKEND") == "triton":
         _warn_once(f"{operator}: backend 'triton' {refusal}; '{others[0]}' runs in its place")
     return others
 

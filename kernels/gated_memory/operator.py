@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-from kernels.backends import resolve_backend
+from kernels.backends import resolve_backend, with_triton
 from kernels.gated_memory.chunked import gated_memory_chunked
 from kernels.gated_memory.reference import gated_memory_reference
-
-BACKENDS = ("chunked", "reference", "triton")
 
 
 def gated_memory(
@@ -60,19 +56,28 @@ def gated_memory(
         ValueError: If a shape, dtype or backend is wrong; the message says what would be right.
     """
     _check(q, k, v, log_decay, erase, write, decay_sign, initial_state)
-    name = resolve_backend("gated_memory", backend, BACKENDS)
+    available = with_triton("gated_memory", backend, ("chunked", "reference"), k, _triton_refusal(k, v))
+    name = resolve_backend("gated_memory", backend, available)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, log_decay, erase, write, decay_sign, scale, initial_state)
     if name == "triton":
-        if find_spec("triton") is None:
-            raise ValueError(
-                "backend 'triton' needs the package triton, which is not installed; use 'chunked'"
-            )
         from kernels.gated_memory.triton import gated_memory_triton
 
         return gated_memory_triton(*arguments)
     o, state = (gated_memory_reference if name == "reference" else gated_memory_chunked)(*arguments)
     return o.to(v.dtype), state
+
+
+def _triton_refusal(k: Tensor, v: Tensor) -> str | None:
+    """Why the Triton kernels do not take these inputs, or None."""
+    width = max(k.shape[3], v.shape[3])
+    if k.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 or float16, not {k.dtype}"
+    if width > 256:
+        return f"takes head dimensions up to 256, not {width}"
+    if k.shape[1] * k.shape[2] * width >= 2**31:
+        return "takes sequences of fewer than 2^31 numbers"
+    return None
 
 
 def _check(

@@ -170,7 +170,7 @@ def backward(
     grad_o_ncv = contiguous(split(grad_o, C))
     grad_tokens = torch.bmm(read_pairs.transpose(1, 2), grad_o_ncv)
 
-    # grad_states[j] is the gradient of the state before chunk j; the outputs of the chunk give a first part.
+    # grad_states[j] is the gradient of the state before chunk j; its outputs give a first part.
     key_end = decayed(keys, end)
     kept: Sequence[Tensor | None] = [None] * J if decay is None else decay.total_nx.view(J, X, -1, 1).unbind()
     grad_states = keys.new_empty(J + 1, X, K, V)

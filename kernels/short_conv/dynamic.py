@@ -50,8 +50,8 @@ def dynamic_short_conv(
         cu_seqlens: [S+1] integers from 0 to T: x [1,T,D] holds S sequences one behind the other (empty ones
             too), each starting afresh at its limit; states are then [S,W-1,D]. None: one sequence a row.
         backend: ``"fused"`` (torch, one pass a tap), ``"triton"`` (GPU, one pass; width up to 8, rank up to
-            64, not fp64), ``"reference"`` (token loop) or ``"auto"``: ``"triton"`` for tensors on a GPU, else
-            ``"fused"``.
+            64, not fp64), ``"reference"`` (token loop) or ``"auto"``: fused, unless ARENA_BACKEND names
+            another.
 
     Returns:
         y [B,T,D] and the state [B,W-1,D] that continues the sequence, both of x's type.

@@ -152,4 +152,28 @@ def test_reductions_in_gate_space():
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-KINDS = (None, "scalar", "channel")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ("scalar", "channel"))
+@pytest.mark.parametrize("T", (1, 35))
+def test_signed_decay(backend, kind, T):
+    """Against the loop with the signed decay written out; gradients finite where the decay is 0."""
+    inputs = inputs_of(shape=(2, T, 2, 5, 4), log_decay=kind, extreme=True, seed=8)
+    sign = torch.where(rand(*inputs["log_decay"].shape, seed=3) < 0, -1.0, 1.0).double()
+
+    def naive(q, k, v, log_decay, erase, write, initial_state):
+        decay = sign * log_decay.exp()
+        decay = decay[..., None].expand_as(k) if decay.dim() == 3 else decay
+
+        def step(t, b, h, S):
+            S = decay[b, t, h][:, None] * S
+            residual = write[b, t, h] * v[b, t, h] - S.T @ (erase[b, t, h] * k[b, t, h])
+            return S + torch.outer(k[b, t, h], residual)
+
+        return loop(step, q, k, v, initial_state, k.shape[-1] ** -0.5)
+
+    truth = outputs_and_gradients(naive, inputs, seed=4)
+    for signs in (sign, sign.float(), sign.long()):
+        found = outputs_and_gradients(
+            lambda signs=signs, **x: gated_memory(**x, decay_sign=signs, backend=backend), inputs, seed=4
+        )
+        assert max(errors(found, truth).values()) < 1e-12

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -49,6 +50,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _explain(error: Exception, debug: bool) -> int:
     """Print one line about an error; its exit status."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error)
+        return WRONG
     told = getattr(error, "format_message", None)  # typer's and click's usage errors
     if told is not None:
         text = str(told())
@@ -79,8 +83,13 @@ def wrong(line: str) -> NoReturn:
     raise typer.Exit(WRONG)
 
 
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()] if text else []
+def _names(option: str, text: str | None) -> list[str]:
+    if text is None:
+        return []
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        wrong(f"{option} is names with commas between, not {text!r}")
+    return names
 
 
 def _version(wanted: bool) -> None:
@@ -142,7 +151,7 @@ def grid(
     task: Annotated[str | None, typer.Option(help="Tasks, with commas between.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of every run.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Result folder; default results/NAME.")] = None,
+    out: Annotated[str | None, typer.Option(help="Result folder; default results/NAME.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, or one a GPU.")] = None,
 ) -> int:
@@ -153,8 +162,12 @@ def grid(
         wrong(f"--device is cpu or cuda, not {device!r}")
     if workers is not None and not 1 <= workers <= 4096:
         wrong(f"--workers is a number from 1 to 4096, not {workers}")
-    wanted = request(experiment, archs=_names(arch), tasks=_names(task), seeds=seeds, steps=steps)
-    directory = out if out is not None else Path("results") / wanted.name
+    if out is not None and not out.strip():
+        wrong("--out is a folder, not an empty name")
+    wanted = request(
+        experiment, archs=_names("--arch", arch), tasks=_names("--task", task), seeds=seeds, steps=steps
+    )
+    directory = Path(out) if out is not None else Path("results") / wanted.name
 
     from arena.grid import StoreError, run_experiment
     from arena.grid.display import GridDisplay
@@ -200,7 +213,11 @@ def report(directory: Annotated[Path, typer.Argument(help="A result folder of ar
     """Tables and figures of a result folder: printed, and written to DIR/report."""
     from arena.report import make_report
 
-    written = make_report(directory, console)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        written = make_report(directory, console)
+    for line in dict.fromkeys(str(entry.message) for entry in caught if entry.category is UserWarning):
+        complain(line)
     print("written: " + ", ".join(str(path) for path in written))
     return OK
 
@@ -223,6 +240,8 @@ def show(
             found.check_length(length)
     except (ValueError, TypeError) as error:
         wrong(str(error))
+    if length is not None and length > 100_000:
+        wrong(f"--length is at most 100000 here, not {length}")
     if not 1 <= examples <= 100:
         wrong(f"--examples is a number from 1 to 100, not {examples}")
     print(synthetic_tasks.describe(task))

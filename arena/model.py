@@ -99,9 +99,11 @@ def parse_arch(arch: str, n_layers: int) -> list[str]:
         a, b = int(stack[1]), int(stack[2])
         if a + b == 0:
             raise ValueError(f"{arch!r} has no block: give a ratio such as xlstm[1:1]")
-        period = ["mlstm"] * a + ["slstm"] * b
         if a == 0 or b == 0:
-            period = period[:1]
+            a, b = min(a, 1), min(b, 1)
+        if n_layers < a + b:
+            raise ValueError(_too_few_layers(arch, a + b, n_layers))
+        period = ["mlstm"] * a + ["slstm"] * b
     elif arch.startswith("xlstm"):
         raise ValueError(f"{arch!r}: write xlstm[a:b] for a mLSTM to b sLSTM blocks, such as xlstm[1:1]")
     else:
@@ -114,8 +116,12 @@ def parse_arch(arch: str, n_layers: int) -> list[str]:
             what = f"architecture {arch!r}" if name == arch else f"block {name!r} in architecture {arch!r}"
             raise ValueError(f"unknown {what}{near(name, arch_names())}")
     if n_layers < len(period):
-        raise ValueError(f"{arch!r} needs at least {len(period)} layers (one period), not {n_layers}")
+        raise ValueError(_too_few_layers(arch, len(period), n_layers))
     return [period[layer % len(period)] for layer in range(n_layers)]
+
+
+def _too_few_layers(arch: str, period: int, n_layers: int) -> str:
+    return f"{arch!r} needs at least {period} layers (one period), not {n_layers}"
 
 
 class GatedMLP(nn.Module):

@@ -47,10 +47,14 @@ class OfficialMamba2(MemoryBlock):
         headdim: int | None,
         d_state: int | None,
     ) -> None:
-        headdim = headdim or max(1, d_model // (2 * n_heads))
-        d_state = d_state or max(1, d_model // (2 * n_heads))
+        if headdim is None:
+            headdim = max(1, d_model // (2 * n_heads))
+        if d_state is None:
+            d_state = max(1, d_model // (2 * n_heads))
+        if d_state < 1:
+            raise ValueError(f"d_state must be at least 1, got {d_state}")
         inner = 2 * d_model
-        if inner % headdim:
+        if headdim < 1 or inner % headdim:
             raise ValueError(
                 f"headdim must divide 2 d_model = {inner}, got {headdim}; set the option headdim"
             )
@@ -103,12 +107,12 @@ def _build(
     output_gate: str | None = None,
 ) -> Block:
     if outer == "official":
-        if gates or output_gate:
+        if gates or output_gate is not None:
             raise ValueError("the official Mamba-2 layer has fixed gates; use outer='common' to change them")
         return OfficialMamba2(
             d_model=d_model, n_heads=n_heads, spec=spec, conv=conv, headdim=headdim, d_state=d_state
         )
-    if headdim or d_state:
+    if headdim is not None or d_state is not None:
         raise ValueError("headdim and d_state belong to the official Mamba-2 layer (outer='official')")
     return matrix_block(
         spec, d_model=d_model, n_heads=n_heads, conv=conv, gates=gates, output_gate=output_gate

@@ -288,7 +288,7 @@ def matrix_block(
         d_model=d_model,
         n_heads=n_heads,
         spec=spec.replace(**(gates or {})),
-        layer=replace(layer, output_gate=output_gate) if output_gate else layer,
+        layer=replace(layer, output_gate=output_gate) if output_gate is not None else layer,
         conv=conv,
     )
 
@@ -322,7 +322,7 @@ def register_memory(
         conv: str | None,
         depth: float,
         gates: Mapping[str, Any] | None = None,
-        output_gate: Any = None,
+        output_gate: str | None = None,
     ) -> Block:
         layer, point = COMMON, spec
         if outer == "official":

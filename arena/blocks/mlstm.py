@@ -44,6 +44,8 @@ class OfficialMLSTM(MemoryBlock):
         inner = 2 * d_model
         if inner % QKV_BLOCK:
             raise ValueError(f"official mLSTM needs an even d_model, got {d_model}")
+        if n_blocks < 1:
+            raise ValueError(f"n_blocks must be at least 1, got {n_blocks}")
         dim = inner // n_heads
         super().__init__(d_model=d_model, n_heads=n_heads, spec=NAMED["mlstm"], key_dim=dim, value_dim=dim)
         conv = conv or "static"
@@ -101,10 +103,12 @@ def _build(
     output_gate: str | None = None,
 ) -> Block:
     if outer == "official":
-        if gates or output_gate:
+        if gates or output_gate is not None:
             raise ValueError("the official mLSTM layer has fixed gates; use outer='common' to change them")
-        return OfficialMLSTM(d_model=d_model, n_heads=n_heads, conv=conv, n_blocks=n_blocks or 2)
-    if n_blocks:
+        return OfficialMLSTM(
+            d_model=d_model, n_heads=n_heads, conv=conv, n_blocks=2 if n_blocks is None else n_blocks
+        )
+    if n_blocks is not None:
         raise ValueError("n_blocks belongs to the official mLSTM layer (outer='official')")
     return matrix_block(
         NAMED["mlstm"], d_model=d_model, n_heads=n_heads, conv=conv, gates=gates, output_gate=output_gate

@@ -12,13 +12,21 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from arena.blocks.base import Block
 
 OUTERS = ("common", "official")
 CONVS = ("none", "static", "dynamic-lowrank", "dynamic-headwise", "gate")
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "None": ((type(None),), ""),
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "text"),
+    "Mapping[str, Any]": ((Mapping,), "a table"),
+}
 _SHARED = ("d_model", "n_heads", "outer", "conv", "depth")
 
 Builder = TypeVar("Builder", bound=Callable[..., Block])
@@ -94,7 +102,20 @@ def build_block(
     for key in options:
         if key not in known:
             raise ValueError(f"block {name!r} has no option {key!r}{near(key, list(known))}")
+        _check_kind(name, key, options[key])
     return builder(d_model=d_model, n_heads=n_heads, outer=outer, conv=conv, depth=depth, **options)
+
+
+def _check_kind(name: str, key: str, value: Any) -> None:
+    """Refuse an option that is plainly not what the builder's annotation says: files give any TOML value."""
+    annotation = inspect.signature(_builder(name)).parameters[key].annotation
+    kinds = str(annotation).split(" | ")
+    if not all(kind in _KINDS for kind in kinds):
+        return
+    allowed = tuple(kind_type for kind in kinds for kind_type in _KINDS[kind][0])
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        wanted = " or ".join(_KINDS[kind][1] for kind in kinds if kind != "None")
+        raise ValueError(f"option {key!r} of block {name!r} is {wanted}, not {value!r}")
 
 
 def near(word: str, known: list[str] | tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -22,7 +23,6 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -51,11 +51,18 @@ def _ranged(value: Any) -> Any:
     return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Seeds = Annotated[list[NonNegativeInt], BeforeValidator(_counted), Field(min_length=1)]
+# Bounds far above what trains, so that a slip of the keyboard is refused before it fills the memory.
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Length = Annotated[int, Field(ge=1, le=1_000_000)]
+Width = Annotated[int, Field(ge=1, le=16_384)]
+Layers = Annotated[int, Field(ge=1, le=1_000)]
+Ratio = Annotated[float, Field(gt=0, le=100)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seeds = Annotated[list[Seed], BeforeValidator(_counted), Field(min_length=1)]
 Rates = Annotated[list[PositiveFloat], BeforeValidator(_listed), Field(min_length=1)]
 Decays = Annotated[list[NonNegativeFloat], BeforeValidator(_listed), Field(min_length=1)]
-Lengths = Annotated[list[PositiveInt], BeforeValidator(_listed), Field(min_length=1)]
-LengthRange = Annotated[list[PositiveInt], BeforeValidator(_ranged), Field(min_length=2, max_length=2)]
+Lengths = Annotated[list[Length], BeforeValidator(_listed), Field(min_length=1)]
+LengthRange = Annotated[list[Length], BeforeValidator(_ranged), Field(min_length=2, max_length=2)]
 
 
 class _Strict(BaseModel):
@@ -65,17 +72,17 @@ class _Strict(BaseModel):
 class ModelSection(_Strict):
     """``[model]``: the model, for every architecture alike."""
 
-    d_model: PositiveInt = 64
+    d_model: Width = 64
     """Width of the residual stream."""
-    n_layers: PositiveInt = 2
+    n_layers: Layers = 2
     """Number of blocks."""
-    n_heads: PositiveInt = 2
+    n_heads: Width = 2
     """Heads of each block."""
     outer: Literal["common", "official"] = "common"
     """The shared outer layer, or each paper's whole layer."""
     conv: str | None = None
     """The short convolution of every block; absent: the block's own default."""
-    mlp_ratio: PositiveFloat | None = None
+    mlp_ratio: Ratio | None = None
     """Hidden width of the MLP over ``d_model``; absent: the model's default."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to every block."""
@@ -86,12 +93,12 @@ class ModelOverride(_Strict):
     (``[overrides.NAME]``, which wins); ``options`` are merged.
     """
 
-    d_model: PositiveInt | None = None
-    n_layers: PositiveInt | None = None
-    n_heads: PositiveInt | None = None
+    d_model: Width | None = None
+    n_layers: Layers | None = None
+    n_heads: Width | None = None
     outer: Literal["common", "official"] | None = None
     conv: str | None = None
-    mlp_ratio: PositiveFloat | None = None
+    mlp_ratio: Ratio | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -106,14 +113,14 @@ class TaskSection(_Strict):
     """Shortest and longest training sequence; a single number for one length."""
     eval_lengths: Lengths
     """Sequence lengths that are reported (split test)."""
-    train_length_choices: list[PositiveInt] = Field(default_factory=list)
+    train_length_choices: list[Length] = Field(default_factory=list)
     """Train on these lengths of the range only; absent: on all that the task accepts."""
-    valid_lengths: list[PositiveInt] = Field(default_factory=list)
+    valid_lengths: list[Length] = Field(default_factory=list)
     """Lengths of the learning curve and of tuning (split valid); absent: the longest training length and
     twice that."""
-    steps: PositiveInt | None = None
+    steps: Count | None = None
     """Instead of ``[train] steps``."""
-    batch_size: PositiveInt | None = None
+    batch_size: Count | None = None
     """Instead of ``[train] batch_size``."""
     model: ModelOverride | None = None
     """What differs from ``[model]`` on this task, for every architecture alike."""
@@ -122,26 +129,27 @@ class TaskSection(_Strict):
     def _ordered(self) -> TaskSection:
         if self.train_lengths[0] > self.train_lengths[1]:
             raise ValueError(f"train_lengths {self.train_lengths} should be [shortest, longest]")
-        _distinct("eval_lengths", self.eval_lengths)
+        for field in ("eval_lengths", "valid_lengths", "train_length_choices"):
+            _distinct(field, getattr(self, field))
         return self
 
 
 class TrainSection(_Strict):
     """``[train]``: optimisation and evaluation, for every run alike; the trainer's default where absent."""
 
-    steps: PositiveInt
+    steps: Count
     """Optimiser steps."""
-    batch_size: PositiveInt = 64
+    batch_size: Count = 64
     """Sequences a step."""
     eval_every: NonNegativeInt | None = None
     """Steps between two points of the learning curve; 0: none."""
-    eval_examples: PositiveInt | None = None
+    eval_examples: Count | None = None
     """Sequences for each split and length of an evaluation."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     """Where the cosine ends, as a fraction of the peak rate."""
     stop_at: Annotated[float, Field(gt=0, le=1)] | None = None
     """Freeze a run whose accuracy reaches this on every valid length; absent: never, as comparisons need."""
-    data_seed: NonNegativeInt | None = None
+    data_seed: Seed | None = None
     """Seed of the lengths of the steps and of the evaluation sets."""
     warmup: Annotated[float, Field(ge=0, le=1)] | None = None
     """Fraction of the steps over which the rate rises to its peak."""
@@ -230,7 +238,7 @@ def load_experiment(source: str | Path) -> Experiment:
     path = Path(source)
     try:
         if path.suffix == ".toml":
-            text, label = path.read_text(encoding="utf-8"), str(source)
+            text, label = path.read_text(encoding="utf-8-sig"), str(source)
         elif str(source) in shipped():
             text = (resources.files("experiments") / f"{source}.toml").read_text(encoding="utf-8")
             label = f"{source}.toml"
@@ -268,6 +276,7 @@ def one_line(error: object) -> str:
     return text if len(text) <= 400 else text[:397] + "..."
 
 
+_TABLE = re.compile(r"should be a valid dictionary( or instance of \w+)?")
 _SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,
     "train": TrainSection,
@@ -290,12 +299,16 @@ def _problem(problem: Any, data: Mapping[str, Any]) -> str:
             place = f"in [[tasks]] number {int(number) + 1}" + (f" ({name})" if isinstance(name, str) else "")
         elif loc[0] == "overrides" and rest:
             place, rest = f"in [overrides.{rest[0]}]", rest[1:]
+    if section is TaskSection and len(rest) > 1 and rest[0] == "model":
+        section, rest = ModelOverride, rest[1:]
+        place = place.replace("[[tasks]]", "[tasks.model] of [[tasks]]")
     key = ".".join(str(part) for part in rest)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r} {place}{near(str(rest[-1]), section.model_fields)}"
     if problem["type"] == "missing":
-        return f"{key!r} is missing {place}"
+        return f"{key!r} is missing {place}" if rest else f"[{loc[0]}] is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    message = _TABLE.sub("should be a table", message)
     message = message[:1].lower() + message[1:]
     if not rest:
         return message if not loc else f"{message} {place}"

@@ -128,8 +128,16 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
         for seed in experiment.seeds
     ]
     runs: list[Run] = []
+    seen: set[tuple[str, str]] = set()
     for entry in experiment.tasks:
         task = _task(entry)
+        key = task.name, canonical(_plain(task.params))
+        if key in seen:
+            raise ExperimentError(
+                f"two [[tasks]] are {task.name!r} with the same params: reports could not tell them apart, "
+                "write two experiments"
+            )
+        seen.add(key)
         own = entry.model_dump(include={"steps", "batch_size"}, exclude_none=True)
         lengths = {
             key: tuple(getattr(entry, key))
@@ -157,10 +165,6 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
                 Run(experiment=experiment.name, trial=trial, config={**shared, "replica": replica})
                 for trial, replica in replicas
             ]
-    ids = [run.id for run in runs]
-    if len(set(ids)) < len(ids):
-        twice = runs[next(i for i, run_id in enumerate(ids) if run_id in ids[:i])]
-        raise ExperimentError(f"two entries of the experiment ask for the same run: {twice.label}")
     return runs
 
 
@@ -223,7 +227,8 @@ def _task(entry: TaskSection) -> Any:
     try:
         task = synthetic_tasks.get(entry.name, **entry.params)
     except (ValueError, TypeError) as error:
-        raise ExperimentError(f"task {entry.name!r}: {one_line(error)}") from None
+        text = one_line(error)
+        raise ExperimentError(text if repr(entry.name) in text else f"task {entry.name!r}: {text}") from None
     for key in ("eval_lengths", "valid_lengths", "train_length_choices"):
         for length in getattr(entry, key):
             try:
@@ -271,7 +276,7 @@ def _model(
         shape = (1, 2) if config.tokens_per_position == 1 else (1, 2, config.tokens_per_position)
         with recording() as used, torch.no_grad():
             model(torch.zeros(shape, dtype=torch.int64, device=device))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # RuntimeError: sizes; torch's memory
         text = one_line(error)
         raise ExperimentError(text if repr(arch) in text else f"architecture {arch!r}: {text}") from None
     backend = " ".join(f"{operator}={name}" for operator, name in sorted(used.items())) or "torch"

@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from arena.grid.plan import canonical
-from arena.grid.store import CHECKSUMS, StoreError, read_plan
+from arena.grid.store import CHECKSUMS, StoreError, read_plan, read_record
 
 ROW_SCHEMA: dict[str, Any] = {
     "experiment": pl.String,
@@ -207,7 +207,7 @@ def _failures(directory: Path, finished: set[str], all_requests: bool) -> list[d
         run_id = path.name.removesuffix(".json")
         if run_id in finished or (plan is not None and run_id not in plan["runs"]):
             continue
-        record = json.loads(path.read_text())
+        record = read_record(path)
         rows.append(
             {
                 **dict.fromkeys(ROW_SCHEMA),

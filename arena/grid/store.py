@@ -44,9 +44,8 @@ class Store:
     Use it as a context manager: entering takes the lock and completes what a killed process left behind.
 
     Raises:
-        StoreError: on entering, when another process writes there, or the folder holds another experiment or
-        cannot
-            be written; later, when the disk is full.
+        StoreError: on entering, when another process writes there, or the folder holds other files or cannot
+            be written; later, when it holds another experiment or the disk is full.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -60,9 +59,15 @@ class Store:
 
     def __enter__(self) -> Store:
         with self._writing():
-            for folder in (self.runs, self.staging, self.fleets, self.failures):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            held = set(os.listdir(self.directory))
+            if held and not held & {".lock", "plan.json", "runs"}:  # nothing of others is ever overwritten
+                raise StoreError(
+                    f"{self.directory} holds other files and is no result folder: choose another --out"
+                )
             lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            for folder in (self.runs, self.staging, self.fleets, self.failures):
+                folder.mkdir(exist_ok=True)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -138,7 +143,7 @@ class Store:
 
     def recorded_fleets(self) -> list[list[str]]:
         """Ids of the members of every recorded fleet."""
-        return [json.loads(path.read_text()) for path in sorted(self.fleets.glob("*.json"))]
+        return [read_record(path) for path in sorted(self.fleets.glob("*.json"))]
 
     def record_failure(self, runs: Sequence[Run], reason: str, detail: str) -> None:
         """Note why runs have no result; the next request tries them again.
@@ -212,7 +217,7 @@ class Store:
 
     def _members(self, fleet_id: str) -> list[str]:
         path = self.fleets / f"{fleet_id}.json"
-        return json.loads(path.read_text()) if path.exists() else []
+        return read_record(path) if path.exists() else []
 
     def _set_aside(self, folder: Path, problem: str) -> None:
         self.damaged.mkdir(exist_ok=True)
@@ -254,6 +259,16 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
     if not isinstance(plan, dict) or not isinstance(plan.get("runs"), dict) or "experiment" not in plan:
         raise StoreError(f"{directory / 'plan.json'} is not a plan; delete it and run the grid again")
     return plan
+
+
+def read_record(path: Path) -> Any:
+    """The content of a JSON file of the store; StoreError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{path} cannot be read ({type(error).__name__}): delete it and run the grid again"
+        ) from None
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -74,7 +74,7 @@ def make_report(directory: str | Path, console: Console | None = None) -> list[P
         points = chosen_points(rows)
         keys = ["task", "task_params", "arch", "trial"]
         best = rows.join(points.select(keys), on=keys, how="semi")
-        labels = _in_file_order(task_labels(rows), request)
+        labels = _in_file_order(task_labels(rows.filter(pl.col("status") != "failed")), request)
         frames |= {
             "accuracy": accuracy_table(rows),
             "overall": overall_table(best),
@@ -206,11 +206,11 @@ def _overall_grid(overall: pl.DataFrame) -> _Grid:
     rows = []
     for row in overall.iter_rows(named=True):
         if row["low"] is not None:
-            spread = f"{row['iqm']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+            spread = f"{row['iqm']:z.2f} [{row['low']:z.2f}, {row['high']:z.2f}]"
         else:
-            spread = f"{row['min']:.2f}..{row['max']:.2f}"
+            spread = f"{row['min']:z.2f}..{row['max']:z.2f}"
         solved = f"{row['solved']}/{row['units']} [{row['solve_low']:.2f}, {row['solve_high']:.2f}]"
-        rows.append([row["arch"], f"{row['mean']:.2f}", spread, solved])
+        rows.append([row["arch"], f"{row['mean']:z.2f}", spread, solved])
     return _Grid(
         heading="all tasks, each at its longest length",
         columns=[

@@ -136,6 +136,10 @@ def test_a_stored_model_gives_its_stored_score(trained):
         (["grid", "tiny.toml", "--workers", "0"], "--workers"),
         (["grid", "tiny.toml", "--device", "tpu"], "--device is cpu or cuda"),
         (["grid", "tiny.toml", "--out", "tiny.toml"], "cannot write to tiny.toml"),
+        (["grid", "tiny.toml", "--out", ""], "--out is a folder"),
+        (["grid", "tiny.toml", "--out", "."], "holds other files and is no result folder"),
+        (["grid", "tiny.toml", "--arch", ","], "--arch is names with commas between"),
+        (["grid", "tiny.toml", "--task", ""], "--task is names with commas between"),
         (["grid", "tiny.toml", "extra"], "unexpected extra argument"),
         (["gird"], "No such command 'gird'"),
         (["report"], "Missing argument"),
@@ -144,6 +148,7 @@ def test_a_stored_model_gives_its_stored_score(trained):
         (["show", "partiy"], "did you mean parity"),
         (["show", "parity", "--param", "x=1"], "x"),
         (["show", "parity", "--length", "0"], "length"),
+        (["show", "parity", "--length", "1000000000000"], "--length is at most"),
         (["--nonsense"], "No such option"),
     ],
 )
@@ -153,6 +158,21 @@ def test_a_wrong_request_is_one_line_and_starts_nothing(here, arguments, message
     assert (status, output) == (2, "") and errors.count("\n") == 1 and errors.startswith("arena: ")
     assert message in errors
     assert sorted(Path.cwd().rglob("*")) == before
+
+
+def test_no_command_is_answered_by_the_help(here):
+    status, output, errors = here()
+    assert status == 2 and errors == "" and "grid" in output and output.count("\n") > 5
+
+
+def test_a_damaged_run_is_told_in_one_line(here):
+    status, output, _ = here("grid", "tiny.toml", "--out", "hurt", "--arch", "gdn", "--workers", "1")
+    assert status == 0, output
+    with open(next(Path("hurt/runs").glob("*/rows.parquet")), "ab") as file:
+        file.write(b"x")
+    status, output, errors = here("report", "hurt")
+    assert status == 0 and "INCOMPLETE" in output
+    assert errors.count("\n") == 1 and errors.startswith("arena: left out: hurt/runs/")
 
 
 def test_no_gpu_is_said_in_one_line(here):

@@ -155,7 +155,13 @@ def test_a_bumped_version_changes_the_ids(monkeypatch):
         ({"model": {"options": {"x": float("nan")}}}, "no option 'x'"),
         ({"model": {"d_model": 15, "n_heads": 2}}, "multiple"),
         ({"model": {"conv": "statik"}}, "statik"),
-        ({"tasks": [SMALL["tasks"][0], SMALL["tasks"][0]]}, "ask for the same run"),
+        ({"tasks": [SMALL["tasks"][0], {**SMALL["tasks"][0], "steps": 7}]}, "could not tell them apart"),
+        ({"archs": ["xlstm[99999999999:1]"]}, "needs at least 100000000000 layers"),
+        ({"archs": ["swa"], "model": {"options": {"window": "8"}}}, "is an integer, not '8'"),
+        ({"model": {"options": {"gates": 0}}}, "is a table, not 0"),
+        ({"model": {"options": {"output_gate": ""}}}, "output_gate"),
+        ({"archs": ["mamba2"], "model": {"outer": "official", "options": {"headdim": 0}}}, "headdim"),
+        ({"archs": ["mlstm"], "model": {"outer": "official", "options": {"n_blocks": 0}}}, "n_blocks"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line(changes, message):

@@ -122,6 +122,7 @@ def _in_file_order(labels: dict[tuple[str, str], str], request: dict[str, Any]) 
 def _notes(rows: pl.DataFrame, planned: int | None) -> list[str]:
     """What a reader has to know before the numbers: how many runs, what is missing, what went wrong."""
     runs = rows.unique("run_id")
+    several = runs["lr"].n_unique() > 1 or runs["weight_decay"].n_unique() > 1
     counts = dict(runs["status"].value_counts().iter_rows())
     stored = counts.get("done", 0) + counts.get("diverged", 0)
     notes = [f"{stored} of {planned if planned is not None else stored} runs have a result."]
@@ -130,9 +131,11 @@ def _notes(rows: pl.DataFrame, planned: int | None) -> list[str]:
     for status in ("failed", "diverged"):
         if counts.get(status):
             names = sorted(
-                f"{arch} on {task}, seed {seed}" + (f" ({reason})" if reason else "")
-                for arch, task, seed, reason in runs.filter(status=status)
-                .select("arch", "task", "seed", "reason")
+                f"{arch} on {task}, seed {seed}"
+                + (f", lr {lr:g}, weight decay {decay:g}" if several else "")
+                + (f" ({reason})" if reason else "")
+                for arch, task, seed, lr, decay, reason in runs.filter(status=status)
+                .select("arch", "task", "seed", "lr", "weight_decay", "reason")
                 .iter_rows()
             )
             more = f" and {len(names) - 12} more" if len(names) > 12 else ""

@@ -291,6 +291,28 @@ def test_figures_of_little_data(tmp_path, rows):
     assert pixels(tmp_path / "a.png").std() > 0.02 and pixels(tmp_path / "o.png").std() > 0.02
 
 
+def test_a_task_whose_runs_all_failed_does_not_stop_the_report(tmp_path, monkeypatch):
+    from arena.report import render
+
+    rows = make_rows(tasks=("s3", "parity"), points=2)
+    failed = pl.col("task") == "s3"
+    rows = rows.with_columns(
+        status=pl.when(failed).then(pl.lit("failed")).otherwise(pl.col("status")),
+        reason=pl.when(failed).then(pl.lit("no luck")).otherwise(pl.col("reason")),
+        **{
+            name: pl.when(failed).then(None).otherwise(pl.col(name))
+            for name in ("value", "reported", "split", "metric", "eval_length")
+        },
+    )
+    monkeypatch.setattr(render, "load_results", lambda directory: rows)
+    monkeypatch.setattr(render, "load_environments", lambda directory: {})
+    make_report(tmp_path)
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert "## parity" in markdown and "## s3" not in markdown
+    assert "gdn on s3, seed 0, lr 0.001, weight decay 0 (no luck)" in markdown
+    assert "gdn on s3, seed 0, lr 0.01, weight decay 0 (no luck)" in markdown
+
+
 def test_a_report_tells_what_is_missing_failed_and_diverged(tmp_path, monkeypatch):
     from arena.report import render
 

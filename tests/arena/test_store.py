@@ -208,6 +208,27 @@ def test_folders_that_cannot_be_used(tmp_path):
         load_results(tmp_path)
 
 
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "experiment.toml").write_text("mine")
+    (tmp_path / "staging").mkdir()
+    (tmp_path / "staging" / "x.partial").write_text("mine")
+    with pytest.raises(StoreError, match="holds other files and is no result folder"), Store(tmp_path):
+        pass
+    assert (tmp_path / "experiment.toml").read_text() == "mine" and not (tmp_path / ".lock").exists()
+    assert (tmp_path / "staging" / "x.partial").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", ["fleets", "failures"])
+def test_a_damaged_record_is_named(tmp_path, folder):
+    with Store(tmp_path) as store:
+        store.record_request("fake", "", FLEET.runs)
+    name = f"{FLEET.runs[0].id}.json"
+    (tmp_path / folder / name).write_text("{")
+    with pytest.raises(StoreError, match=f"{name} cannot be read.*delete it"), Store(tmp_path) as store:
+        load_results(tmp_path)
+        store.recorded_fleets()
+
+
 def test_the_lock_is_dropped_on_leaving(tmp_path):
     with Store(tmp_path), pytest.raises(StoreError, match="in use"), Store(tmp_path):
         pass

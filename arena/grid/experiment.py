@@ -306,7 +306,8 @@ def _problem(problem: Any, data: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r} {place}{near(str(rest[-1]), section.model_fields)}"
     if problem["type"] == "missing":
-        return f"{key!r} is missing {place}" if rest else f"[{loc[0]}] is missing"
+        header = "[[tasks]]" if loc[0] == "tasks" else f"[{loc[0]}]"
+        return f"{key!r} is missing {place}" if rest else f"{header} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     message = _TABLE.sub("should be a table", message)
     message = message[:1].lower() + message[1:]

@@ -64,6 +64,7 @@ def test_short_forms_mean_the_long_ones():
         (changed(model={"d_model": 10**8}), ["d_model = 100000000"]),
         (changed(seeds=[2**63]), ["seeds.0"]),
         ({key: value for key, value in GOOD.items() if key != "train"}, ["[train] is missing"]),
+        ({key: value for key, value in GOOD.items() if key != "tasks"}, ["[[tasks]] is missing"]),
         (changed(archs=[]), ["archs = []", "at least 1"]),
         (changed(tasks=[]), ["tasks", "at least 1"]),
         (changed(seeds=[]), ["seeds = []", "at least 1"]),

@@ -22,7 +22,7 @@ class FuzzyRecall(Task):
     selections without repetition of the key tokens resp. the value tokens. Pairs, key motif then value
     motif, fill the length from the right; what is left on the left is padding. The last pair (the probe)
     repeats a key that occurred before. Value motifs have 1 .. max_motif tokens, key motifs max_motif. The
-    keys are drawn from n_motifs different ones.
+    keys are drawn from n_motifs motifs (equal ones among these are one key).
     Tokens: the keys, from 0, then the values, then the padding: of vocab_size - 1 tokens one half are keys,
     the other (and the odd one) values. Classes: the tokens.
     Example: 1 4 9 12  3 0 8  1 4 9 -> at the second 4: 9, at the second 9: 12 (max_motif=2).
@@ -38,7 +38,7 @@ class FuzzyRecall(Task):
     (3 s a sequence at V 128; here they are drawn directly).
     Metric: accuracy at scored positions. Dials: max_motif, n_motifs (load), vocab_size, length.
     Chance: one of the values, one value token guessed always.
-    Shortcuts: looking up the last token of the key alone ("match") scores 0.83 at length 64 with the
+    Shortcuts: looking up the last token of the key alone ("match") scores 0.82 at length 64 with the
     defaults, so the motif's other tokens matter for the rest only; fewer key tokens or more motifs make
     them matter more.
     """
@@ -50,7 +50,7 @@ class FuzzyRecall(Task):
     max_motif: int = 3
     """Longest motif."""
     n_motifs: int = 8
-    """Different key motifs that a sequence draws from (not used in compat="mad")."""
+    """Key motifs that a sequence draws from (not used in compat="mad")."""
     key_length: str = "longest"
     """"longest" (max_motif tokens) or "varied" (1 .. max_motif)."""
     compat: str = "none"

@@ -34,7 +34,7 @@ class Needle(Task):
     Metric: accuracy, and whole-sequence accuracy. Dials: length (to 32k and beyond), depth_percent (where
     the first asked needle stands), n_keys (distractors), value_tokens.
     Chance: a value token of the text picked blindly: 1/m + (1 - 1/m)/n_value_vocab for m value tokens in
-    the text.
+    the text; one value token guessed always where m = 1.
     """
 
     haystack: str = "sentence"
@@ -117,8 +117,10 @@ class Needle(Task):
         return self.n_keys * self.values_per_key * self._needle_size + self.n_queries * self._query_size
 
     def chance(self, length: int) -> float:
-        """A value token of the text, picked blindly."""
+        """A value token of the text, picked blindly; with one token, one guessed always."""
         m = self.n_keys * self._answer_size
+        if m == 1:
+            return 1 / self.n_value_vocab
         return 1 / m + (1 - 1 / m) / self.n_value_vocab
 
     def space(self, length: int) -> int:

@@ -154,6 +154,7 @@ def test_chance_is_what_an_uninformed_guess_gets(case):
         ("anbn", {"n_segments": 2}, 8),
         ("erase", {}, 64),
         ("stack", {}, 21),
+        ("niah_single_1", {"value_tokens": 1}, 15),
     ],
 )
 def test_exact_chance_levels_equal_frequencies(name, params, length):

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -77,14 +78,21 @@ def rows() -> Iterator[Row]:
         ours=trainer(lambda *x: mlstm(*x)[0], inputs),
         peer=trainer(peer, [layout(x) for x in inputs]),
     )
-    gates, recurrent = normal(B, T, 4, H, K, seed=5), 0.1 * normal(4, H, K, K, seed=6)
-    yield Row(
-        what="slstm, T 256",
-        against="token loop (our reference)",
-        goal=10.0,
-        ours=trainer(lambda *x: slstm(*x)[0], [gates, recurrent]),
-        peer=trainer(lambda *x: slstm(*x, backend="reference")[0], [gates, recurrent]),
-    )
+    for batch in (B // 4, B):
+        gates, recurrent = normal(batch, T, 4, H, K, seed=5), 0.1 * normal(4, H, K, K, seed=6)
+        for backend in ("numba", "fused") if importlib.util.find_spec("numba") else ("fused",):
+            yield Row(
+                what=f"slstm ({backend}), B {batch}, T 256",
+                against="token loop (our reference)",
+                goal=10.0,
+                ours=trainer(partial(slstm_output, backend), [gates, recurrent]),
+                peer=trainer(partial(slstm_output, "reference"), [gates, recurrent]),
+            )
+
+
+def slstm_output(backend: str, gates: Tensor, recurrent: Tensor) -> Tensor:
+    """The sLSTM without its state."""
+    return slstm(gates, recurrent, backend=backend)[0]
 
 
 def normal(*size: int, seed: int) -> Tensor:
@@ -164,8 +172,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     B, _, H, K = SHAPE
-    print(f"torch {torch.__version__}, {options.threads} threads, float32, B {B} H {H} K = V = {K}, ", end="")
-    print("forward and backward\n")
+    threads = f"{options.threads} thread" + "s" * (options.threads > 1)
+    print(f"torch {torch.__version__}, {threads}, float32, B {B} H {H} K = V = {K}, forward and backward\n")
     print("| what | against | times faster | goal |\n|---|---|---|---|")
     for row in rows():
         ours, peer = measure(row, options.repeats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -130,7 +131,7 @@ class NoisyRecall(InContextRecall):
     """In-context recall with noise between the pairs.
 
     Definition: as `in_context_recall`, but each slot of two tokens shows, with probability noise_fraction,
-    two uniform noise tokens instead of a pair.
+    two uniform noise tokens instead of a pair; one slot, uniform over all with the probe's, never does.
     Tokens: with P = vocab_size - n_noise_tokens: keys 0 .. P/2-1, values P/2 .. P-1, then the noise.
     Classes: all tokens.
     Example: 3 9 n1 n0 3 9 3 -> at both later 3: 9.
@@ -141,6 +142,8 @@ class NoisyRecall(InContextRecall):
     Chance: 2/P, one value guessed always.
     Shortcuts: the most frequent value of the sequence (0.33 at length 65).
     """
+
+    version: ClassVar[int] = 2
 
     vocab_size: int = 32
     """Number of tokens, even, noise included."""
@@ -163,7 +166,9 @@ class NoisyRecall(InContextRecall):
         return self.vocab_size - self.n_noise_tokens
 
     def _generate(self, rows: Rows, length: int) -> Draw:
-        noise = rows.chance(self.noise_fraction, 3, (length - 1) // 2)
+        pairs = (length - 1) // 2
+        noise = rows.chance(self.noise_fraction, 3, pairs)
+        noise &= np.arange(pairs) != rows.below(pairs + 1, 5, 1)
         tokens, targets, found = self._recall(rows, length, noise)
         where = np.repeat(noise, 2, axis=1)
         random = self._pair_tokens + rows.below(self.n_noise_tokens, 4, length - 1)

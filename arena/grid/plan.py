@@ -223,6 +223,7 @@ def _plain(value: Any) -> Any:
 
 def _task(entry: TaskSection) -> Any:
     import synthetic_tasks
+    from arena.training.data import check_measurable
 
     try:
         task = synthetic_tasks.get(entry.name, **entry.params)
@@ -230,9 +231,10 @@ def _task(entry: TaskSection) -> Any:
         text = one_line(error)
         raise ExperimentError(text if repr(entry.name) in text else f"task {entry.name!r}: {text}") from None
     for key in ("eval_lengths", "valid_lengths", "train_length_choices"):
+        check = type(task).check_length if key == "train_length_choices" else check_measurable
         for length in getattr(entry, key):
             try:
-                task.check_length(length)
+                check(task, length)
             except ValueError as error:
                 raise ExperimentError(f"task {entry.name!r}, {key}: {one_line(error)}") from None
     shortest, longest = entry.train_lengths

@@ -70,6 +70,7 @@ def request(
 def _default_task(name: str) -> dict[str, Any]:
     """A task that no file describes: trained up to some 32 positions, reported at 1, 2 and 4 times that."""
     import synthetic_tasks
+    from arena.training.data import check_measurable
 
     try:
         task = synthetic_tasks.get(name)
@@ -79,7 +80,7 @@ def _default_task(name: str) -> dict[str, Any]:
     def legal_from(target: int) -> int:
         for length in range(target, 16 * target):
             try:
-                task.check_length(length)
+                check_measurable(task, length)
                 return length
             except ValueError:
                 continue

@@ -31,6 +31,19 @@ def is_legal(task: Any, length: int) -> bool:
     return True
 
 
+def check_measurable(task: Any, length: int) -> None:
+    """Refuse a length to evaluate at.
+
+    Raises:
+        ValueError: the task does not accept it, or a blind guess is always right there.
+    """
+    task.check_length(length)
+    if task.chance(length) >= 1.0:
+        raise ValueError(
+            f"{task.name}: at length {length} a blind guess is always right, which measures nothing"
+        )
+
+
 def step_lengths(config: TrainConfig, task: Any) -> list[int]:
     """Sequence length of every step, the same for all replicas and architectures.
 
@@ -63,14 +76,15 @@ def valid_lengths(config: TrainConfig, task: Any) -> tuple[int, ...]:
     """
     if config.valid_lengths:
         for length in config.valid_lengths:
-            task.check_length(length)
+            check_measurable(task, length)
         return config.valid_lengths
     longest = max(config.train_length_choices or config.train_lengths)
     found: list[int] = []
     for target in (longest, 2 * longest):
         near = sorted(range(1, 3 * longest + 1), key=lambda length: (abs(length - target), length))
         taken = {*config.eval_lengths, *found}
-        free = next((length for length in near if length not in taken and is_legal(task, length)), None)
+        usable = (n for n in near if n not in taken and is_legal(task, n) and task.chance(n) < 1.0)
+        free = next(usable, None)
         if free is None:
             raise ValueError(f"no length near {target} is free for validation: give valid_lengths")
         found.append(free)

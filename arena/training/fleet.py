@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 
 from arena.model import ModelConfig, build_model, model_params
 from arena.training.config import FleetOutOfMemory, Replica, ReplicaResult, TrainConfig
-from arena.training.data import IGNORED, step_lengths, to_device, train_batch, valid_lengths
+from arena.training.data import IGNORED, check_measurable, step_lengths, to_device, train_batch, valid_lengths
 from arena.training.evaluation import Row, evaluate, negative_log_likelihood, row_sums, worst_rows
 from arena.training.optimiser import FlatParameters, FleetAdamW
 
@@ -85,7 +85,7 @@ def _check(
             f"task {task.name!r} needs a model with decoder=True: its targets are its own inputs"
         )
     for length in train_config.eval_lengths:
-        task.check_length(length)
+        check_measurable(task, length)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

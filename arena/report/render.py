@@ -15,7 +15,6 @@ from rich.table import Table
 from arena.grid.results import load_environments, load_results
 from arena.grid.store import StoreError, read_plan
 from arena.report.palette import family_order
-from arena.report.statistics import MIN_UNITS
 from arena.report.tables import (
     SOLVED,
     accuracy_table,
@@ -26,6 +25,7 @@ from arena.report.tables import (
     runs_table,
     task_labels,
 )
+from arena.statistics import MIN_UNITS
 
 _BUDGET = ("parameters", "state bytes", "tokens", "unmatched")
 _WIDE = 130  # a terminal with fewer columns shows the accuracies only

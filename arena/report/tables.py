@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from arena.report.statistics import MIN_UNITS, bootstrap_interval, clopper_pearson, interquartile_mean
+from arena.statistics import MIN_UNITS, bootstrap_interval, clopper_pearson, interquartile_mean
 
 SOLVED = 0.95
 """A run solves a length when its chance-scaled accuracy, (accuracy - chance) / (1 - chance), is at least

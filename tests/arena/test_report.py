@@ -17,7 +17,6 @@ from arena.grid.results import ROW_SCHEMA
 from arena.report.figure import accuracy_figure, overview_figure
 from arena.report.palette import _BASE, family_order, look
 from arena.report.render import make_report
-from arena.report.statistics import bootstrap_interval, clopper_pearson, interquartile_mean
 from arena.report.tables import (
     accuracy_table,
     budget_table,
@@ -27,6 +26,7 @@ from arena.report.tables import (
     runs_table,
     task_labels,
 )
+from arena.statistics import bootstrap_interval, clopper_pearson, interquartile_mean
 
 ARCHS = [
     "attention",

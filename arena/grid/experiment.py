@@ -51,6 +51,10 @@ def _ranged(value: Any) -> Any:
     return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+ARM_NAME = r"^[A-Za-z0-9][^\s,/\x00-\x1f]{0,79}$"
+"""What may name an arm: a word without commas and slashes, as the command line and reports separate by
+those."""
+
 # Bounds far above what trains, so that a slip of the keyboard is refused before it fills the memory.
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Length = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -100,6 +104,15 @@ class ModelOverride(_Strict):
     conv: str | None = None
     mlp_ratio: Ratio | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Arm(ModelOverride):
+    """``[arms.NAME]``: a variant of an architecture under a name of its own, listed in ``archs`` beside plain
+    architectures. Its fields win over ``[model]`` and ``[tasks.model]``; ``[overrides.NAME]`` wins over it.
+    """
+
+    arch: str | None = None
+    """The architecture; absent: the arm's own name."""
 
 
 class TaskSection(_Strict):
@@ -174,7 +187,7 @@ class Experiment(_Strict):
     claim: str = ""
     """What the experiment is meant to show or test, in a sentence or two."""
     archs: Annotated[list[str], Field(min_length=1)]
-    """Names of ``arena list archs``, stacks included (``gdn2+swa``, ``xlstm[1:1]``)."""
+    """Names of ``arena list archs``, stacks included (``gdn2+swa``, ``xlstm[1:1]``), and of ``[arms]``."""
     tasks: Annotated[list[TaskSection], Field(min_length=1)]
     seeds: Seeds = [0, 1, 2]
     """A number of seeds, or the seeds."""
@@ -185,6 +198,7 @@ class Experiment(_Strict):
     fleet_size: Annotated[int, Field(ge=1, le=4096)] = 16
     """Largest number of runs that train together; it changes speed, not results."""
     model: ModelSection = ModelSection()
+    arms: dict[Annotated[str, Field(pattern=ARM_NAME)], Arm] = Field(default_factory=dict)
     overrides: dict[str, ModelOverride] = Field(default_factory=dict)
     train: TrainSection
 
@@ -192,17 +206,24 @@ class Experiment(_Strict):
     def _consistent(self) -> Experiment:
         for field in ("archs", "seeds", "lr", "weight_decay"):
             _distinct(field, getattr(self, field))
-        for arch in self.overrides:
-            if arch not in self.archs:
-                raise ValueError(
-                    f"[overrides.{arch}] is about no architecture of this experiment{near(arch, self.archs)}"
-                )
+        for section in ("arms", "overrides"):
+            for name in getattr(self, section):
+                if name not in self.archs:
+                    raise ValueError(
+                        f"[{section}.{name}] is about no architecture of this experiment: archs has no "
+                        f"{name!r}{near(name, self.archs)}"
+                    )
         return self
 
     @property
     def points(self) -> list[tuple[float, float]]:
         """The (lr, weight_decay) pairs; the index of a pair is the column ``trial``."""
         return list(itertools.product(self.lr, self.weight_decay))
+
+    def arch_of(self, arm: str) -> str:
+        """The architecture behind a name of ``archs``."""
+        found = self.arms.get(arm)
+        return found.arch if found is not None and found.arch is not None else arm
 
 
 def _distinct(field: str, values: Sequence[Any]) -> None:
@@ -281,6 +302,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,
     "train": TrainSection,
     "tasks": TaskSection,
+    "arms": Arm,
     "overrides": ModelOverride,
 }
 
@@ -297,8 +319,8 @@ def _problem(problem: Any, data: Mapping[str, Any]) -> str:
             entry = data["tasks"][number] if isinstance(number, int) else {}
             name = entry.get("name") if isinstance(entry, Mapping) else None
             place = f"in [[tasks]] number {int(number) + 1}" + (f" ({name})" if isinstance(name, str) else "")
-        elif loc[0] == "overrides" and rest:
-            place, rest = f"in [overrides.{rest[0]}]", rest[1:]
+        elif loc[0] in ("arms", "overrides") and rest:
+            place, rest = f"in [{loc[0]}.{rest[0]}]", rest[1:]
     if section is TaskSection and len(rest) > 1 and rest[0] == "model":
         section, rest = ModelOverride, rest[1:]
         place = place.replace("[[tasks]]", "[tasks.model] of [[tasks]]")

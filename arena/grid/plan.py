@@ -15,6 +15,14 @@ ID_LENGTH = 16
 """Hex digits of a run id: 64 bits, so 128,000 runs collide with a chance of about 4e-10."""
 
 
+STAGES = ("grid", "search", "extension", "exploit", "panel", "final")
+"""``grid``: a plain grid. Of tuning: ``search`` (the paired points), ``extension`` (more of them beyond a
+bound), ``exploit`` (adaptive trials), ``panel`` (sensitivity to the learning rate), ``final`` (the winner on
+fresh seeds)."""
+TESTED_STAGES = ("grid", "final")
+"""The others are measured on split valid alone, so that nothing can be chosen on test."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One model to be trained once."""
@@ -23,6 +31,12 @@ class Run:
     """Name of the experiment that asked for it; no part of the id."""
     trial: int
     """Index of its (lr, weight_decay) among the experiment's points; no part of the id."""
+    arm: str
+    """The name in ``archs`` that it stands for: an arm, or the architecture; no part of the id."""
+    stage: str = "grid"
+    """Why it is trained, one of :data:`STAGES`; no part of the id."""
+    space: str | None = None
+    """Hash of the frozen search space that its point is from; no part of the id."""
     config: Mapping[str, Any]
     """Every field that can change the result, JSON values only: ``model``, ``task``, ``train``, ``replica``,
     ``versions``, ``device``, ``dtype``, ``backend``."""
@@ -45,8 +59,15 @@ class Run:
     @property
     def label(self) -> str:
         """For people: architecture, task, seed."""
-        model, task, replica = (self.config[part] for part in ("model", "task", "replica"))
-        return f"{model['arch']} {task['name']} seed {replica['seed']}"
+        task, replica = self.config["task"], self.config["replica"]
+        return f"{self.arm} {task['name']} seed {replica['seed']}"
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What is known of a run beside its configuration: kept in plan.json, not in the run's folder alone,
+        as another request may ask for the same run for another reason.
+        """
+        return {"trial": self.trial, "arm": self.arm, "stage": self.stage, "space": self.space}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +89,8 @@ class Fleet:
     @property
     def label(self) -> str:
         """For people: architecture, task, number of runs."""
-        config = self.runs[0].config
-        count = len(self.runs)
-        return f"{config['model']['arch']} · {config['task']['name']} · {count} run{'s' if count > 1 else ''}"
+        first, count = self.runs[0], len(self.runs)
+        return f"{first.arm} · {first.config['task']['name']} · {count} run{'s' if count > 1 else ''}"
 
 
 def canonical(value: Any) -> str:
@@ -148,8 +168,14 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
             valid_lengths(train, task)
         except ValueError as error:
             raise ExperimentError(f"task {entry.name!r}: {one_line(error)}") from None
-        for arch in experiment.archs:
-            model, backend = _model(experiment, arch, entry, task, device)
+        same: dict[str, str] = {}
+        for arm in experiment.archs:
+            model, backend = _model(experiment, arm, entry, task, device)
+            twin = same.setdefault(canonical(_plain(model)), arm)
+            if twin != arm:
+                raise ExperimentError(
+                    f"{twin!r} and {arm!r} are the same model on task {entry.name!r}: leave one out"
+                )
             shared = _plain(
                 {
                     "model": model,
@@ -162,7 +188,7 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
                 }
             )
             runs += [
-                Run(experiment=experiment.name, trial=trial, config={**shared, "replica": replica})
+                Run(experiment=experiment.name, trial=trial, arm=arm, config={**shared, "replica": replica})
                 for trial, replica in replicas
             ]
     return runs
@@ -251,7 +277,7 @@ def _task(entry: TaskSection) -> Any:
 
 
 def _model(
-    experiment: Experiment, arch: str, entry: TaskSection, task: Any, device: str
+    experiment: Experiment, arm: str, entry: TaskSection, task: Any, device: str
 ) -> tuple[dict[str, Any], str]:
     """The resolved model, and the backends that it runs on: one token goes through it to see."""
     import torch
@@ -260,9 +286,10 @@ def _model(
     from kernels.backends import recording
 
     fields = experiment.model.model_dump(exclude_none=True)
-    for section in (entry.model, experiment.overrides.get(arch)):
+    arch = experiment.arch_of(arm)
+    for section in (entry.model, experiment.arms.get(arm), experiment.overrides.get(arm)):
         if section is not None:
-            override = section.model_dump(exclude_none=True)
+            override = section.model_dump(exclude_none=True, exclude={"arch"})
             override["options"] = {**fields["options"], **override["options"]}
             fields.update(override)
     try:
@@ -279,7 +306,7 @@ def _model(
         with recording() as used, torch.no_grad():
             model(torch.zeros(shape, dtype=torch.int64, device=device))
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # RuntimeError: sizes; torch's memory
-        text = one_line(error)
-        raise ExperimentError(text if repr(arch) in text else f"architecture {arch!r}: {text}") from None
+        text, what = one_line(error), "architecture" if arm == arch else "arm"
+        raise ExperimentError(text if repr(arm) in text else f"{what} {arm!r}: {text}") from None
     backend = " ".join(f"{operator}={name}" for operator, name in sorted(used.items())) or "torch"
     return {**asdict(config), "options": dict(config.options)}, backend

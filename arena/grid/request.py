@@ -48,7 +48,8 @@ def request(
         data |= {"name": "grid", "title": "", "claim": ""}
     if archs:
         data["archs"] = list(archs)
-        data["overrides"] = {arch: value for arch, value in data["overrides"].items() if arch in archs}
+        for section in ("arms", "overrides"):
+            data[section] = {name: value for name, value in data[section].items() if name in archs}
     if tasks:
         entries = {name: [entry for entry in data["tasks"] if entry["name"] == name] for name in tasks}
         for name, found in entries.items():

@@ -22,11 +22,14 @@ ROW_SCHEMA: dict[str, Any] = {
     "run_id": pl.String,
     "fleet_id": pl.String,
     "arch": pl.String,
+    "arm": pl.String,
     "model_params": pl.String,
     "task": pl.String,
     "task_params": pl.String,
     "seed": pl.Int64,
     "trial": pl.Int64,
+    "stage": pl.String,
+    "space": pl.String,
     "split": pl.String,
     "eval_length": pl.Int64,
     "reported": pl.Boolean,
@@ -49,16 +52,21 @@ ROW_SCHEMA: dict[str, Any] = {
     "status": pl.String,
     "version": pl.String,
     "environment": pl.String,
+    "verdict": pl.String,
     "reason": pl.String,
 }
-"""Columns of the result table. ``model_params`` and ``task_params`` are canonical JSON; ``reported`` tells a
-result (at a length of ``eval_lengths``) from what tuning may look at; ``chance`` is the
-score of an uninformed guess; ``state_bytes`` is what one sequence of ``eval_length`` carries; ``status`` is
-``done``, ``diverged`` or ``failed`` (then ``value`` is null and ``reason`` says why); ``version`` lists the
-result versions; ``environment`` is a digest of the run's environment.json."""
+"""Columns of the result table. ``arm`` is the name that reports group by: an arm's or the architecture's;
+``stage`` is one of ``arena.grid.plan.STAGES``; ``space`` is the hash of the search space that a tuned run's
+point is from; ``verdict`` is the hash of what ``arena doctor`` said of the machine. ``model_params`` and
+``task_params`` are canonical JSON; ``reported`` tells a result (at a length of ``eval_lengths``) from what
+tuning may look at; ``chance`` is the score of an uninformed guess; ``state_bytes`` is what one sequence of
+``eval_length`` carries; ``status`` is ``done``, ``diverged`` or ``failed`` (then ``value`` is null and
+``reason`` says why); ``version`` lists the result versions; ``environment`` is a digest of the run's
+environment.json."""
 
 CURVE_SCHEMA: dict[str, Any] = {
-    **{key: ROW_SCHEMA[key] for key in ("run_id", "arch", "task", "task_params", "seed", "trial")},
+    **{key: ROW_SCHEMA[key] for key in ("run_id", "arch", "arm", "task", "task_params", "seed")},
+    **{key: ROW_SCHEMA[key] for key in ("trial", "stage", "space")},
     "lr": pl.Float64,
     "weight_decay": pl.Float64,
     "step": pl.Int64,
@@ -66,9 +74,11 @@ CURVE_SCHEMA: dict[str, Any] = {
 }
 """Columns of the learning curves."""
 
+_NOTES = ("trial", "arm", "stage", "space")
 
-def run_columns(run_id: str, trial: int, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that a run's configuration determines."""
+
+def run_columns(run_id: str, notes: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that a run's configuration and its notes (``Run.notes``) determine."""
     train, replica = config["train"], config["replica"]
     return {
         "run_id": run_id,
@@ -77,7 +87,9 @@ def run_columns(run_id: str, trial: int, config: Mapping[str, Any]) -> dict[str,
         "task": config["task"]["name"],
         "task_params": canonical(config["task"]["params"]),
         "seed": replica["seed"],
-        "trial": trial,
+        **{key: notes.get(key) for key in _NOTES},
+        "arm": notes.get("arm") or config["model"]["arch"],
+        "stage": notes.get("stage") or "grid",
         "train_length_min": train["train_lengths"][0],
         "train_length_max": train["train_lengths"][1],
         "lr": replica["lr"],
@@ -110,7 +122,7 @@ def load_results(directory: str | Path, *, all_requests: bool = False) -> pl.Dat
     return frame.sort(
         "task",
         "task_params",
-        "arch",
+        "arm",
         "trial",
         "seed",
         "run_id",
@@ -127,7 +139,7 @@ def load_curves(directory: str | Path, *, all_requests: bool = False) -> pl.Data
     """
     frame = _load(Path(directory), "curve.parquet", CURVE_SCHEMA, all_requests)
     return frame.sort(
-        "task", "task_params", "arch", "trial", "seed", "run_id", "step", "split", "eval_length", "metric"
+        "task", "task_params", "arm", "trial", "seed", "run_id", "step", "split", "eval_length", "metric"
     )
 
 
@@ -162,8 +174,14 @@ def _load(directory: Path, name: str, schema: Mapping[str, Any], all_requests: b
     for run_id, frame in _read_runs(
         directory, name, all_requests, lambda data: pl.read_parquet(io.BytesIO(data))
     ):
-        if plan is not None and run_id in plan["runs"]:  # an index among the points of the present request
-            frame = frame.with_columns(trial=pl.lit(plan["runs"][run_id]["trial"], dtype=pl.Int64))
+        missing = [name for name in schema if name not in frame.columns]  # written before they were columns
+        frame = frame.with_columns(pl.lit(None, dtype=schema[name]).alias(name) for name in missing)
+        if plan is not None and run_id in plan["runs"]:  # what the run is to the present request
+            notes = plan["runs"][run_id]
+            frame = frame.with_columns(
+                pl.lit(notes.get(name), dtype=schema[name]).alias(name) for name in _NOTES
+            )
+        frame = frame.with_columns(pl.col("arm").fill_null(pl.col("arch")), pl.col("stage").fill_null("grid"))
         frames.append(frame.select(list(schema)))
     return pl.concat(frames) if frames else pl.DataFrame(schema=dict(schema))
 
@@ -208,11 +226,12 @@ def _failures(directory: Path, finished: set[str], all_requests: bool) -> list[d
         if run_id in finished or (plan is not None and run_id not in plan["runs"]):
             continue
         record = read_record(path)
+        notes = plan["runs"][run_id] if plan is not None and run_id in plan["runs"] else record
         rows.append(
             {
                 **dict.fromkeys(ROW_SCHEMA),
                 "experiment": plan["experiment"] if plan is not None else None,
-                **run_columns(run_id, record["trial"], record["config"]),
+                **run_columns(run_id, notes, record["config"]),
                 "status": "failed",
                 "reason": record["reason"],
             }

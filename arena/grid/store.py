@@ -154,7 +154,7 @@ class Store:
             detail: the traceback, or empty.
         """
         for run in runs:
-            record = {"config": run.config, "trial": run.trial, "reason": reason, "detail": detail}
+            record = {"config": run.config, **run.notes, "reason": reason, "detail": detail}
             with self._writing():
                 write_whole(self.failures / f"{run.id}.json", json.dumps(record, indent=1).encode())
 
@@ -178,7 +178,7 @@ class Store:
                 f"{self.directory} holds experiment {held['experiment']!r}, not {name!r}: "
                 "choose another --out"
             )
-        plan = {"experiment": name, "runs": {run.id: {"trial": run.trial} for run in runs}}
+        plan = {"experiment": name, "runs": {run.id: run.notes for run in runs}}
         with self._writing():
             write_whole(self.directory / "experiment.toml", text.encode())
             write_whole(self.directory / "plan.json", json.dumps(plan, indent=0).encode())
@@ -247,9 +247,7 @@ def damage(folder: Path) -> str | None:
 
 
 def read_plan(directory: Path) -> dict[str, Any] | None:
-    """The last request of a result folder: ``experiment`` and ``runs`` (id -> trial); None if there is
-    none.
-    """
+    """The last request of a result folder, ``experiment`` and ``runs`` (id -> ``Run.notes``), or None."""
     try:
         plan = json.loads((directory / "plan.json").read_text())
     except FileNotFoundError:

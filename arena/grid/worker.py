@@ -60,7 +60,7 @@ def run_files(run: Run, fleet_id: str, result: Any, around: Mapping[str, Any]) -
 
     from arena.grid.results import CURVE_SCHEMA, ROW_SCHEMA, run_columns
 
-    known = run_columns(run.id, run.trial, run.config)
+    known = run_columns(run.id, run.notes, run.config)
     common = {
         **dict.fromkeys(ROW_SCHEMA),
         **known,

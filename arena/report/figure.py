@@ -50,7 +50,7 @@ def accuracy_figure(
         title: above the panels.
     """
     table = scores(rows)
-    archs = sorted(table["arch"].unique(), key=family_order)
+    arms = sorted(table["arm"].unique(), key=family_order)
     columns = min(_COLUMNS, len(labels))
     lines = -(-len(labels) // columns)
     with matplotlib.rc_context(_STYLE):
@@ -61,7 +61,7 @@ def accuracy_figure(
                 pl.col("train_length_min").min(), pl.col("train_length_max").max()
             )
             panel = table.filter(task=key[0], task_params=key[1])
-            _panel(axis, panel, archs, trained.row(0))
+            _panel(axis, panel, arms, trained.row(0))
             axis.set_title(labels[key])
         for axis in axes.flat[len(labels) :]:
             axis.set_visible(False)
@@ -70,7 +70,7 @@ def accuracy_figure(
         for axis in axes.flat[max(0, len(labels) - columns) : len(labels)]:
             axis.set_xlabel("sequence length")
         figure.legend(
-            handles=_legend(archs),
+            handles=_legend(arms),
             loc="outside right center",
             handlelength=2.6,
             labelspacing=0.55,
@@ -82,7 +82,7 @@ def accuracy_figure(
         figure.savefig(path)
 
 
-def _panel(axis: Axes, panel: pl.DataFrame, archs: list[str], trained: tuple[int, int]) -> None:
+def _panel(axis: Axes, panel: pl.DataFrame, arms: list[str], trained: tuple[int, int]) -> None:
     lengths = sorted(panel["eval_length"].unique())
     axis.set_xscale("log", base=2)
     shortest, longest = trained
@@ -98,10 +98,10 @@ def _panel(axis: Axes, panel: pl.DataFrame, archs: list[str], trained: tuple[int
     )
     # Models that tie would hide each other: each has its own place beside the length.
     gap = min((b / a for a, b in itertools.pairwise(lengths)), default=2.0)
-    places = gap ** np.linspace(-0.16, 0.16, len(archs)) if len(archs) > 1 else [1.0]
-    for arch, place in zip(archs, places, strict=True):
-        colour, marker, dashed = look(arch)
-        mine = panel.filter(arch=arch).sort("eval_length")
+    places = gap ** np.linspace(-0.16, 0.16, len(arms)) if len(arms) > 1 else [1.0]
+    for arm, place in zip(arms, places, strict=True):
+        colour, marker, dashed = look(arm)
+        mine = panel.filter(arm=arm).sort("eval_length")
         if mine.is_empty():
             continue
         for _, run in mine.group_by("run_id", maintain_order=True):
@@ -142,8 +142,8 @@ def _pen(colour: str, marker: str, dashed: bool) -> dict[str, Any]:
     }
 
 
-def _legend(archs: list[str]) -> list[Artist]:
-    handles: list[Artist] = [Line2D([], [], label=arch, **_pen(*look(arch))) for arch in archs]
+def _legend(arms: list[str]) -> list[Artist]:
+    handles: list[Artist] = [Line2D([], [], label=arm, **_pen(*look(arm))) for arm in arms]
     handles.append(Line2D([], [], label="one run", color="#555555", alpha=0.4, linewidth=0.8))
     handles.append(Line2D([], [], label="chance", color="#888888", linestyle=(0, (1, 2)), linewidth=1.5))
     handles.append(Patch(label="trained lengths", facecolor=_SHADE))
@@ -162,23 +162,23 @@ def overview_figure(
         path: of the PNG.
         title: above the map.
     """
-    archs = sorted(table["arch"].unique(), key=family_order)
+    arms = sorted(table["arm"].unique(), key=family_order)
     spans = {
         key: sorted(table.filter(task=key[0], task_params=key[1])["eval_length"].unique()) for key in labels
     }
     width = sum(len(lengths) for lengths in spans.values())
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(0.62 * width + 2.6, 0.36 * len(archs) + 1.6), layout="constrained", dpi=160)
+        figure = Figure(figsize=(0.62 * width + 2.6, 0.36 * len(arms) + 1.6), layout="constrained", dpi=160)
         axes = figure.subplots(
             1, len(labels), squeeze=False, width_ratios=[len(spans[key]) for key in labels]
         )[0]
         for position, (axis, key) in enumerate(zip(axes, labels, strict=True)):
             cells = table.filter(task=key[0], task_params=key[1])
-            colours = np.full((len(archs), len(spans[key])), np.nan)
-            for arch, length, mean, scaled, solved, runs in cells.select(
-                "arch", "eval_length", "mean", "chance_scaled", "solved", "runs"
+            colours = np.full((len(arms), len(spans[key])), np.nan)
+            for arm, length, mean, scaled, solved, runs in cells.select(
+                "arm", "eval_length", "mean", "chance_scaled", "solved", "runs"
             ).iter_rows():
-                row, column = archs.index(arch), spans[key].index(length)
+                row, column = arms.index(arm), spans[key].index(length)
                 colours[row, column] = max(0.0, scaled)
                 ink = "white" if scaled > 0.55 else "#333333"
                 where = {"ha": "center", "va": "center", "color": ink}
@@ -194,7 +194,7 @@ def overview_figure(
                 linewidths=1.2,
                 linecolor="white",
                 xticklabels=spans[key],
-                yticklabels=archs if position == 0 else False,
+                yticklabels=arms if position == 0 else False,
             )
             axis.set_title(labels[key])
             axis.set_xlabel("sequence length")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from arena.grid.plan import TESTED_STAGES
 from arena.grid.results import load_environments, load_results
 from arena.grid.store import StoreError, read_plan
 from arena.report.palette import family_order
@@ -68,15 +69,16 @@ def make_report(directory: str | Path, console: Console | None = None) -> list[P
     frames = {"runs": runs_table(rows)}
     shown: list[_Grid] = []
     figures: list[Path] = []
-    if rows["status"].is_in(["done", "diverged"]).any():
+    tested = rows.filter(pl.col("stage").is_in(TESTED_STAGES))
+    if tested["status"].is_in(["done", "diverged"]).any():
         from arena.report.figure import accuracy_figure, overview_figure
 
-        points = chosen_points(rows)
-        keys = ["task", "task_params", "arch", "trial"]
-        best = rows.join(points.select(keys), on=keys, how="semi")
-        labels = _in_file_order(task_labels(rows.filter(pl.col("status") != "failed")), request)
+        points = chosen_points(tested)
+        keys = ["task", "task_params", "arm", "trial"]
+        best = tested.join(points.select(keys), on=keys, how="semi")
+        labels = _in_file_order(task_labels(tested.filter(pl.col("status") != "failed")), request)
         frames |= {
-            "accuracy": accuracy_table(rows),
+            "accuracy": accuracy_table(tested),
             "overall": overall_table(best),
             "budget": budget_table(best),
         }
@@ -127,15 +129,15 @@ def _notes(rows: pl.DataFrame, planned: int | None) -> list[str]:
     stored = counts.get("done", 0) + counts.get("diverged", 0)
     notes = [f"{stored} of {planned if planned is not None else stored} runs have a result."]
     if planned is not None and stored < planned:
-        notes.append(f"INCOMPLETE: {planned - stored} runs have none; the same arena grid command goes on.")
+        notes.append(f"INCOMPLETE: {planned - stored} runs have none; the same command goes on.")
     for status in ("failed", "diverged"):
         if counts.get(status):
             names = sorted(
-                f"{arch} on {task}, seed {seed}"
+                f"{arm} on {task}, seed {seed}"
                 + (f", lr {lr:g}, weight decay {decay:g}" if several else "")
                 + (f" ({reason})" if reason else "")
-                for arch, task, seed, lr, decay, reason in runs.filter(status=status)
-                .select("arch", "task", "seed", "lr", "weight_decay", "reason")
+                for arm, task, seed, lr, decay, reason in runs.filter(status=status)
+                .select("arm", "task", "seed", "lr", "weight_decay", "reason")
                 .iter_rows()
             )
             more = f" and {len(names) - 12} more" if len(names) > 12 else ""
@@ -162,21 +164,21 @@ _LEGEND = (
 def _task_grid(table: pl.DataFrame, budget: pl.DataFrame, key: tuple[str, str], label: str) -> _Grid:
     """Architectures by length, the best at the longest length first."""
     cells = table.filter(task=key[0], task_params=key[1])
-    costs = {row["arch"]: row for row in budget.filter(task=key[0], task_params=key[1]).iter_rows(named=True)}
+    costs = {row["arm"]: row for row in budget.filter(task=key[0], task_params=key[1]).iter_rows(named=True)}
     lengths = sorted(cells["eval_length"].unique())
-    longest = dict(cells.filter(eval_length=lengths[-1]).select("arch", "mean").iter_rows())
+    longest = dict(cells.filter(eval_length=lengths[-1]).select("arm", "mean").iter_rows())
     rows = []
-    for arch in sorted(
-        cells["arch"].unique(), key=lambda name: (-round(longest.get(name, 0.0), 2), family_order(name))
+    for arm in sorted(
+        cells["arm"].unique(), key=lambda name: (-round(longest.get(name, 0.0), 2), family_order(name))
     ):
         texts = []
         for length in lengths:
-            found = cells.filter(arch=arch, eval_length=length).to_dicts()
+            found = cells.filter(arm=arm, eval_length=length).to_dicts()
             texts.append(" ".join(_accuracy_text(cell) for cell in found) or "-")
-        cost = costs[arch]
+        cost = costs[arm]
         rows.append(
             [
-                arch,
+                arm,
                 *texts,
                 f"{cost['params']:,}",
                 f"{cost['state_bytes']:,}",
@@ -213,7 +215,7 @@ def _overall_grid(overall: pl.DataFrame) -> _Grid:
         else:
             spread = f"{row['min']:z.2f}..{row['max']:z.2f}"
         solved = f"{row['solved']}/{row['units']} [{row['solve_low']:.2f}, {row['solve_high']:.2f}]"
-        rows.append([row["arch"], f"{row['mean']:z.2f}", spread, solved])
+        rows.append([row["arm"], f"{row['mean']:z.2f}", spread, solved])
     return _Grid(
         heading="all tasks, each at its longest length",
         columns=[

@@ -17,7 +17,10 @@ MATCHED = 0.02
 """Architectures are matched where parameters and training tokens are within 2 % of the median; states:
 equal."""
 
-CELL = ("task", "task_params", "arch", "model_params", "trial", "lr", "weight_decay", "split", "eval_length")
+CELL = (
+    "task", "task_params", "arm", "arch", "model_params", "trial", "lr", "weight_decay", "split",
+    "eval_length",
+)  # fmt: skip
 
 
 def scores(rows: pl.DataFrame) -> pl.DataFrame:
@@ -84,7 +87,7 @@ def accuracy_table(rows: pl.DataFrame) -> pl.DataFrame:
         )
     names = ("solve_rate", "solve_low", "solve_high", "iqm", "iqm_low", "iqm_high")
     cells = pl.concat([cells, pl.DataFrame(extra, schema=dict.fromkeys(names, pl.Float64))], how="horizontal")
-    return cells.sort("task", "task_params", "eval_length", "arch", "trial")
+    return cells.sort("task", "task_params", "eval_length", "arm", "trial")
 
 
 def chosen_points(rows: pl.DataFrame) -> pl.DataFrame:
@@ -94,9 +97,9 @@ def chosen_points(rows: pl.DataFrame) -> pl.DataFrame:
     Best mean accuracy over the valid lengths and seeds; ties by valid loss, then by the smaller rate.
 
     Returns:
-        task, task_params, arch, trial, and ``points``: how many there were.
+        task, task_params, arm, trial, and ``points``: how many there were.
     """
-    index = ["task", "task_params", "arch", "trial", "lr", "weight_decay"]
+    index = ["task", "task_params", "arm", "trial", "lr", "weight_decay"]
 
     def mean(metric: str) -> pl.Expr:
         return pl.col("value").filter(pl.col("metric") == metric, ~pl.col("reported")).mean()
@@ -111,7 +114,7 @@ def chosen_points(rows: pl.DataFrame) -> pl.DataFrame:
             nulls_last=True,
         )
     )
-    return ranked.group_by("task", "task_params", "arch", maintain_order=True).agg(
+    return ranked.group_by("task", "task_params", "arm", maintain_order=True).agg(
         trial=pl.col("trial").first(), points=pl.len()
     )
 
@@ -129,7 +132,7 @@ def overall_table(rows: pl.DataFrame) -> pl.DataFrame:
     longest = table.group_by("task", "task_params").agg(eval_length=pl.col("eval_length").max())
     table = table.join(longest, on=["task", "task_params", "eval_length"])
     found = []
-    for (arch,), part in table.group_by("arch", maintain_order=True):
+    for (arm,), part in table.group_by("arm", maintain_order=True):
         strata = [
             group["chance_scaled_accuracy"].to_list() for _, group in part.group_by("task", "task_params")
         ]
@@ -139,7 +142,7 @@ def overall_table(rows: pl.DataFrame) -> pl.DataFrame:
         solve_low, solve_high = clopper_pearson(solved, len(units))
         found.append(
             {
-                "arch": arch,
+                "arm": arm,
                 "tasks": len(strata),
                 "units": len(units),
                 "mean": sum(units) / len(units),
@@ -153,19 +156,19 @@ def overall_table(rows: pl.DataFrame) -> pl.DataFrame:
                 "solve_high": solve_high,
             }
         )
-    return pl.DataFrame(found, infer_schema_length=None).sort("mean", "arch", descending=[True, False])
+    return pl.DataFrame(found, infer_schema_length=None).sort("mean", "arm", descending=[True, False])
 
 
 def budget_table(rows: pl.DataFrame) -> pl.DataFrame:
     """What each architecture was given on each task, and where that is not the same for all.
 
-    Columns: task, task_params, arch, ``params``, ``state_bytes`` (of one sequence at the longest reported
+    Columns: task, task_params, arm, ``params``, ``state_bytes`` (of one sequence at the longest reported
     length), ``train_tokens`` (the most of any run), ``wall_s`` (mean of a run's share of its fleet's time)
     and ``unmatched``: the names of what differs from the median architecture by more than 2 % (states: at
     all).
     """
     done = rows.filter(pl.col("reported"), pl.col("status") != "failed")
-    table = done.group_by("task", "task_params", "arch", maintain_order=True).agg(
+    table = done.group_by("task", "task_params", "arm", maintain_order=True).agg(
         params=pl.col("params").max(),
         state_bytes=pl.col("state_bytes").max(),
         train_tokens=pl.col("train_tokens").max(),
@@ -182,9 +185,9 @@ def budget_table(rows: pl.DataFrame) -> pl.DataFrame:
 def runs_table(rows: pl.DataFrame) -> pl.DataFrame:
     """One row a run: what it was, how it ended, what it took."""
     names = [
-        "task", "task_params", "arch", "trial", "seed", "status", "reason", "steps", "params", "train_tokens",
-        "lr", "weight_decay", "wall_s", "device", "backend", "dtype", "version", "environment", "fleet_id",
-        "run_id",
+        "task", "task_params", "arm", "arch", "trial", "stage", "seed", "status", "reason", "steps", "params",
+        "train_tokens", "lr", "weight_decay", "wall_s", "device", "backend", "dtype", "version", "space",
+        "environment", "verdict", "fleet_id", "run_id",
     ]  # fmt: skip
     return rows.select(names).unique("run_id", maintain_order=True)
 

@@ -24,6 +24,7 @@ def make_runs(groups: int = 4, seeds: int = 3, **train) -> list[Run]:
         Run(
             experiment="fake",
             trial=0,
+            arm=f"arch{group}",
             config={
                 "model": {"arch": f"arch{group}"},
                 "task": {"name": "fake", "params": {}},
@@ -45,7 +46,7 @@ def files(run, fleet_id, value=None) -> dict[str, bytes]:
 
     from arena.grid.results import CURVE_SCHEMA, ROW_SCHEMA, run_columns
 
-    known = {**run_columns(run.id, run.trial, run.config), "experiment": "fake", "fleet_id": fleet_id}
+    known = {**run_columns(run.id, run.notes, run.config), "experiment": "fake", "fleet_id": fleet_id}
     if value is None:
         value = int(hashlib.sha256(run.id.encode()).hexdigest()[:8], 16) / 2**32
     rows = [

@@ -93,7 +93,7 @@ def test_every_field_of_the_configuration_is_in_the_id(path):
     inner[path[-1]] = (
         {"x": 1} if isinstance(old, dict) else (old + 1 if isinstance(old, int | float) else "other")
     )
-    other = Run(experiment="small", trial=0, config=config)
+    other = Run(experiment="small", trial=0, arm="gdn", config=config)
     assert other.id != RUNS[0].id
     assert (other.group != RUNS[0].group) == (path[0] != "replica")
 

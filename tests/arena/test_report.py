@@ -130,6 +130,8 @@ def make_rows(
                         "run_id": f"{task}-{arch}-{trial}-{seed}",
                         "fleet_id": f"{task}-{arch}",
                         "arch": arch,
+                        "arm": arch,
+                        "stage": "grid",
                         "task": task,
                         "seed": seed,
                         "trial": trial,
@@ -168,7 +170,7 @@ def test_accuracy_table_against_plain_python():
             for row in rows.iter_rows(named=True)
             if row["metric"] == "accuracy"
             and row["split"] == "test"
-            and all(row[key] == cell[key] for key in ("task", "arch", "eval_length"))
+            and all(row[key] == cell[key] for key in ("task", "arm", "eval_length"))
         ]
         assert cell["runs"] == 4 and cell["values"] == sorted(values)
         assert cell["mean"] == pytest.approx(sum(values) / 4)
@@ -206,7 +208,7 @@ def test_unequal_budgets_are_flagged():
     fat = pl.when(pl.col("arch") == "lstm").then(1030).otherwise(pl.col("params")).alias("params")
     wide = pl.when(pl.col("arch") == "swa").then(65).otherwise(pl.col("state_bytes")).alias("state_bytes")
     table = budget_table(rows.with_columns(fat, wide))
-    assert dict(table.select("arch", "unmatched").iter_rows()) == {
+    assert dict(table.select("arm", "unmatched").iter_rows()) == {
         "gdn": "",
         "kda": "",
         "lstm": "params",

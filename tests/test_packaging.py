@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIGHT = ("kernels", "synthetic_tasks", "arena.memory", "arena.blocks", "arena.model", "arena.training")
+LIGHT = (
+    "kernels", "synthetic_tasks",
+    "arena.memory", "arena.blocks", "arena.model", "arena.training", "arena.statistics",
+)  # fmt: skip
 
 # Runs in a fresh interpreter that hides every installed distribution outside the closure of torch and numpy.
 BARE_IMPORT = """
@@ -83,6 +86,7 @@ FORBIDDEN = {
     ),
     "arena/model.py": ("arena.training", "arena.grid", "arena.report", "arena.cli", "synthetic_tasks"),
     "arena/training": ("arena.grid", "arena.report", "arena.cli"),
+    "arena/statistics": ("arena.training", "arena.grid", "arena.report", "arena.cli"),
     "arena/grid": ("arena.report", "arena.cli"),
     "arena/report": ("arena.cli",),
 }

@@ -4,7 +4,6 @@ stable."""
 from __future__ import annotations
 
 import io
-import math
 import random
 import tomllib
 
@@ -26,7 +25,7 @@ from arena.report.tables import (
     runs_table,
     task_labels,
 )
-from arena.statistics import bootstrap_interval, clopper_pearson, interquartile_mean
+from arena.statistics import clopper_pearson
 
 ARCHS = [
     "attention",
@@ -41,62 +40,6 @@ ARCHS = [
     "kda",
 ]
 ARCHS += ["gdn2", "mlstm", "slstm", "lstm"]
-
-
-def binomial(k: int, n: int, p: float) -> float:
-    return math.comb(n, k) * p**k * (1 - p) ** (n - k)
-
-
-def test_clopper_pearson_is_exact():
-    # the ends for all successes or none have a closed form; 5 of 10 is in every table
-    for n in (1, 3, 10, 200):
-        assert clopper_pearson(n, n) == pytest.approx((0.025 ** (1 / n), 1.0), abs=1e-12)
-        assert clopper_pearson(0, n) == pytest.approx((0.0, 1 - 0.025 ** (1 / n)), abs=1e-12)
-    assert clopper_pearson(5, 10) == pytest.approx((0.1870860284, 0.8129139716), abs=1e-9)
-    rng = random.Random(1)
-    for _ in range(50):
-        n = rng.randint(2, 60)
-        k, level = rng.randint(1, n - 1), rng.choice([0.8, 0.95, 0.99])
-        low, high = clopper_pearson(k, n, level)
-        assert sum(binomial(i, n, low) for i in range(k, n + 1)) == pytest.approx((1 - level) / 2, rel=1e-8)
-        assert sum(binomial(i, n, high) for i in range(k + 1)) == pytest.approx((1 - level) / 2, rel=1e-8)
-    for wrong in ((1, 0), (3, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="successes"):
-            clopper_pearson(*wrong)
-
-
-def trimmed(values):
-    ordered = sorted(values)
-    cut = int(0.25 * len(ordered))
-    kept = ordered[cut : len(ordered) - cut]
-    return sum(kept) / len(kept)
-
-
-def test_interquartile_mean_is_the_trimmed_mean():
-    rng = random.Random(2)
-    for n in range(1, 30):
-        values = [rng.random() for _ in range(n)]
-        assert interquartile_mean(values) == pytest.approx(trimmed(values), abs=1e-15)
-    block = np.random.default_rng(0).random((4, 9))
-    assert interquartile_mean(block, axis=1) == pytest.approx([trimmed(row) for row in block])
-
-
-def test_bootstrap_matches_plain_loops():
-    rng = random.Random(3)
-    strata = [[rng.random() for _ in range(n)] for n in (5, 7, 9)]
-    means = sorted(
-        trimmed([rng.choice(group) for group in strata for _ in range(len(group))]) for _ in range(20_000)
-    )
-    low, high = bootstrap_interval(strata)
-    assert low == pytest.approx(means[499], abs=0.01) and high == pytest.approx(means[19_499], abs=0.01)
-    assert bootstrap_interval(strata) == (low, high), "the draws are fixed"
-
-
-def test_no_interval_that_would_mislead():
-    assert bootstrap_interval([[0.1, 0.9, 0.5]] * 3) is None  # 9 units
-    assert bootstrap_interval([[0.1, 0.9, 0.5]] * 4) is not None
-    assert bootstrap_interval([[1.0] * 20]) is None  # no width
-    assert bootstrap_interval([[]]) is None
 
 
 KNOWN = {

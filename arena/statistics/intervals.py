@@ -1,4 +1,4 @@
-"""Statistics that hold for few runs: exact solve-rate intervals, interquartile mean, stratified bootstrap."""
+"""Exact solve-rate intervals, interquartile means and their differences with stratified bootstrap."""
 
 from __future__ import annotations
 
@@ -70,6 +70,70 @@ def interquartile_mean(scores: Sequence[float] | np.ndarray, axis: int | None = 
     return values.take(range(cut, count - cut), axis=axis).mean(axis=axis)
 
 
+def paired_difference(x_strata: Sequence[Sequence[float]], y_strata: Sequence[Sequence[float]]) -> float:
+    """Interquartile mean of X over all units less that of Y.
+
+    Args:
+        x_strata: scores of the runs of each task.
+        y_strata: the same tasks, and in each the same seeds, in the same order.
+
+    Raises:
+        ValueError: no scores, unpaired ones, or one that is not finite.
+    """
+    x, y = (np.concatenate(groups) for groups in _paired(x_strata, y_strata))
+    return float(interquartile_mean(x) - interquartile_mean(y))
+
+
+def paired_difference_interval(
+    x_strata: Sequence[Sequence[float]],
+    y_strata: Sequence[Sequence[float]],
+    *,
+    level: float = 0.95,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Percentile interval of :func:`paired_difference`: in each task seeds are drawn anew, for both alike.
+
+    Returns:
+        The interval, or None where it would mislead: fewer than :data:`MIN_UNITS` units, or no width.
+
+    Raises:
+        ValueError: as :func:`paired_difference`.
+    """
+    x_groups, y_groups = _paired(x_strata, y_strata)
+    if sum(len(group) for group in x_groups) < MIN_UNITS:
+        return None
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(len(group), size=(replicates, len(group))) for group in x_groups]
+    x, y = (
+        interquartile_mean(
+            np.concatenate([group[draw] for group, draw in zip(groups, draws, strict=True)], axis=1), axis=1
+        )
+        for groups in (x_groups, y_groups)
+    )
+    return _interval(x - y, level)
+
+
+def _paired(
+    x_strata: Sequence[Sequence[float]], y_strata: Sequence[Sequence[float]]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    if [len(group) for group in x_strata] != [len(group) for group in y_strata] or not len(x_strata):
+        raise ValueError("X and Y should have the same tasks and, in each, the same seeds")
+    return [finite_scores(group) for group in x_strata], [finite_scores(group) for group in y_strata]
+
+
+def finite_scores(scores: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The scores as float64 [N].
+
+    Raises:
+        ValueError: there are none, or one is not finite.
+    """
+    values = np.asarray(scores, dtype=np.float64).ravel()
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError("scores should be finite numbers, at least one (a diverged run: the worst score)")
+    return values
+
+
 def bootstrap_interval(
     strata: Sequence[Sequence[float]], *, level: float = 0.95, replicates: int = REPLICATES, seed: int = 0
 ) -> tuple[float, float] | None:
@@ -90,5 +154,9 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     drawn = [group[rng.integers(len(group), size=(replicates, len(group)))] for group in groups]
     means = interquartile_mean(np.concatenate(drawn, axis=1), axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return _interval(means, level)
+
+
+def _interval(replicates: np.ndarray, level: float) -> tuple[float, float] | None:
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high)) if high > low else None

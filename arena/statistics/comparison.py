@@ -1,0 +1,152 @@
+"""Is one architecture better than another, or equal to it: exact tests for few paired seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from arena.statistics.intervals import finite_scores
+
+EXACT_PAIRS = 20
+"""Up to so many pairs that differ, every one of the 2^n sign patterns is counted."""
+
+Scores = Sequence[float] | np.ndarray
+
+
+def probability_of_improvement(x_strata: Sequence[Scores], y_strata: Sequence[Scores]) -> float:
+    """P(X > Y) of a run of X and a run of Y on one task, ties counted half, averaged over tasks.
+
+    The Mann-Whitney statistic over the number of pairs of runs, as rliable has it (Agarwal et al. 2021,
+    arXiv 2108.13264, section 4.3).
+
+    Args:
+        x_strata: scores of the runs of each task, higher is better.
+        y_strata: the same tasks in the same order.
+
+    Raises:
+        ValueError: other tasks, a task without runs, or scores that are not numbers.
+    """
+    if len(x_strata) != len(y_strata) or not len(x_strata):
+        raise ValueError(
+            f"{len(x_strata)} tasks against {len(y_strata)}: one group of scores a task, for both"
+        )
+    found = []
+    for x_scores, y_scores in zip(x_strata, y_strata, strict=True):
+        x, y = finite_scores(x_scores), finite_scores(y_scores)
+        found.append(np.mean((x[:, None] > y) + 0.5 * (x[:, None] == y)))
+    return float(np.mean(found))
+
+
+def sign_flip_test(
+    differences: Scores,
+    *,
+    alternative: Literal["two-sided", "greater"] = "two-sided",
+    replicates: int = 100_000,
+    seed: int = 0,
+) -> float:
+    """p-value of the mean of paired differences, by flipping their signs (Fisher's randomisation test).
+
+    Under the null hypothesis each difference is as likely as its negative, so all 2^n sign patterns are
+    equally likely, and p is the share of them with a mean at least as extreme as the observed one. No normal
+    distribution is assumed, and the smallest p that n pairs can give is 2^(1-n) (one-sided: 2^-n).
+
+    Args:
+        differences: score of X less score of Y with the same seed.
+        alternative: ``two-sided``, or ``greater``: X is better.
+        replicates: patterns drawn where more than :data:`EXACT_PAIRS` pairs differ; p is then
+            (hits + 1) / (replicates + 1).
+        seed: of those draws.
+
+    Returns:
+        The p-value; 1 where no pair differs.
+
+    Raises:
+        ValueError: no pairs, or a difference that is not finite.
+    """
+    values = finite_scores(differences)
+    observed, size = values.sum(), np.abs(values).sum()
+    values = values[values != 0]  # their sign changes nothing
+    if not len(values):
+        return 1.0
+    exact = len(values) <= EXACT_PAIRS
+    if exact:
+        sums = np.zeros(1)
+        for value in values:
+            sums = np.concatenate([sums + value, sums - value])
+    else:
+        rng = np.random.default_rng(seed)
+        sums = np.concatenate(
+            [
+                (2.0 * rng.integers(2, size=(min(10_000, replicates - start), len(values))) - 1) @ values
+                for start in range(0, replicates, 10_000)
+            ]
+        )
+    # Sums that tie in exact arithmetic differ by rounding: they count as ties.
+    bound = (abs(observed) if alternative == "two-sided" else observed) - 1e-12 * size
+    hits = int(((np.abs(sums) if alternative == "two-sided" else sums) >= bound).sum())
+    return hits / len(sums) if exact else (hits + 1) / (len(sums) + 1)
+
+
+def holm(p_values: Scores) -> np.ndarray:
+    """p-values adjusted for a family of comparisons (Holm 1979): claim where the adjusted one is <= alpha.
+
+    Args:
+        p_values: of the whole declared family, 1 for a comparison that could not be made: leaving it out
+            would make the others look better.
+
+    Raises:
+        ValueError: a value outside [0, 1].
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("p-values lie between 0 and 1")
+    order = np.argsort(values, kind="stable")
+    steps = np.minimum(1.0, values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.maximum.accumulate(steps)
+    return adjusted
+
+
+def seeds_needed(m: int, alpha: float = 0.05) -> int:
+    """Fewest paired seeds with which a family of m sign-flip tests can claim anything: 2^(1-n) <= alpha / m.
+
+    Raises:
+        ValueError: no comparisons, or alpha outside (0, 1).
+    """
+    if m < 1 or not 0 < alpha < 1:
+        raise ValueError(f"{m} comparisons at level {alpha}: m should be at least 1, alpha between 0 and 1")
+    seeds = 1
+    while 2.0 ** (1 - seeds) > alpha / m:
+        seeds += 1
+    return seeds
+
+
+def equivalence_test(x: Scores, y: Scores, margin: float) -> float:
+    """p-value of the claim that X and Y differ by less than ``margin``: two one-sided tests (TOST).
+
+    Each side is a :func:`sign_flip_test`, of the differences moved by the margin, and the larger p counts
+    (Schuirmann 1987). The usual sides are paired t-tests; with some ten seeds of bimodal scores their normal
+    assumption fails where it matters: ten equal pairs have no variance and would give p = 0, where ten coin
+    flips can show no more than 2^-10. What is assumed is that differences scatter symmetrically.
+
+    Args:
+        x: scores by seed.
+        y: scores of the same seeds in the same order.
+        margin: the largest difference of means that counts as none, in the unit of the scores, stated before
+            the data were seen.
+
+    Raises:
+        ValueError: a margin that is not positive and finite, unpaired scores, no scores.
+    """
+    if not 0 < margin < np.inf:
+        raise ValueError(f"the margin is {margin}, and should be positive")
+    first, second = finite_scores(x), finite_scores(y)
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} scores against {len(second)}: the test needs pairs")
+    difference = first - second
+    return max(
+        sign_flip_test(margin + difference, alternative="greater"),
+        sign_flip_test(margin - difference, alternative="greater"),
+    )

@@ -1,47 +1,169 @@
-"""Which implementation of an operator runs, and a record of which one did."""
+"""Which implementation of an operator runs, and a record of which one did.
+
+Four things decide, in this order: what the caller names; what the environment variable ``ARENA_BACKEND``
+names; the first line of :data:`CHOICES` that fits the inputs; the operator's own order.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-NAMES = ("reference", "chunked", "fused", "numba", "triton")
-"""Every backend that some operator has; ARENA_BACKEND must be one of them, or ``auto``."""
+OPERATORS = ("gated_memory", "mlstm", "slstm", "short_conv", "dynamic_short_conv", "lstm")
+NAMES = ("reference", "chunked", "fused", "numba", "triton", "fla", "mlstm_kernels", "mamba_ssm")
+"""Every backend that some operator has; the last three are packages of other people, used where installed."""
 
 _RECORD: ContextVar[dict[str, str] | None] = ContextVar("record", default=None)
 
 
-def resolve_backend(operator: str, backend: str, available: tuple[str, ...]) -> str:
-    """The implementation to run: ``backend`` itself, or for ``"auto"`` the operator's default.
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A line of the table: what ``backend="auto"`` runs, and why."""
 
-    The environment variable ``ARENA_BACKEND`` takes the place of the default in every operator that has an
-    implementation of that name; the others keep their default.
+    operator: str
+    """Its name."""
+    device: str
+    """Device type, ``cpu`` or ``cuda``."""
+    backends: tuple[str, ...]
+    """The first that can run on the inputs does."""
+    evidence: str
+    """The file with the measurement."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Of the inputs that the line is for; empty: any."""
+    capability: tuple[int, int] | None = None
+    """Compute capability of the GPU that was measured, and that the line is for; None: any."""
+    widest: int | None = None
+    """Largest last axis (head dimension, channels) that the line is for; None: any."""
+    longest: int | None = None
+    """Most tokens that the line is for; None: any."""
 
-    Args:
-        operator: Name of the operator, for :func:`recording`.
-        backend: ``"auto"`` or one of ``available``.
-        available: Implementations of the operator that can run on these inputs, the default first.
+    def fits(self, x: Tensor) -> bool:
+        """Whether the line is for inputs like x, whose axis 1 is time."""
+        return (
+            x.device.type == self.device
+            and (not self.dtypes or x.dtype in self.dtypes)
+            and (self.capability is None or _capability(x.device) == self.capability)
+            and (self.widest is None or x.shape[-1] <= self.widest)
+            and (self.longest is None or x.shape[1] <= self.longest)
+        )
+
+    def __str__(self) -> str:
+        """One line for people."""
+        where = self.device
+        if self.capability is not None:
+            where += f" {self.capability[0]}.{self.capability[1]}"
+        limits = [str(x).removeprefix("torch.") for x in self.dtypes]
+        limits += [f"width <= {self.widest}"] * (self.widest is not None)
+        limits += [f"T <= {self.longest}"] * (self.longest is not None)
+        what = f"{self.operator:19} {where:9} {', else '.join(self.backends):14}"
+        return f"{what} {' '.join(limits) or 'all inputs':22} ({self.evidence})"
+
+
+CPU_EVIDENCE = "README, Speed on a CPU"
+CHOICES = (
+    Choice(operator="gated_memory", device="cpu", backends=("chunked",), evidence=CPU_EVIDENCE),
+    Choice(operator="slstm", device="cpu", backends=("numba", "fused"), evidence=CPU_EVIDENCE),
+)
+"""Measured choices. What no line fits runs the operator's own torch path."""
+
+
+def override() -> dict[str, str]:
+    """What ``ARENA_BACKEND`` asks for: operator -> backend, or ``""`` -> backend for all that have it.
+
+    Its value is ``auto``, a backend, or ``operator=backend`` with commas between.
 
     Raises:
-        ValueError: If the operator has no such implementation, or ARENA_BACKEND names none at all.
+        ValueError: It names an operator or a backend that there is not; the message says which there are.
     """
-    if backend == "auto":
-        wanted = os.environ.get("ARENA_BACKEND", "auto")
-        if wanted not in ("auto", *NAMES):
-            raise ValueError(f"ARENA_BACKEND is {wanted!r}; known: auto, {', '.join(NAMES)}")
-        backend = wanted if wanted in available else available[0]
-    if backend not in available:
-        raise ValueError(f"{operator} has no backend {backend!r} here; known: auto, {', '.join(available)}")
+    return dict(_parsed(os.environ.get("ARENA_BACKEND", "auto")))
+
+
+@functools.cache
+def _parsed(text: str) -> tuple[tuple[str, str], ...]:
+    wanted = {}
+    for part in text.split(","):
+        left, equals, right = (word.strip() for word in part.partition("="))
+        operator, backend = (left, right) if equals else ("", left)
+        if equals and operator not in OPERATORS:
+            raise ValueError(f"ARENA_BACKEND names operator {operator!r}; known: {', '.join(OPERATORS)}")
+        if backend not in ("auto", *NAMES):
+            raise ValueError(f"ARENA_BACKEND is {backend!r}; known: auto, {', '.join(NAMES)}")
+        wanted[operator] = backend
+    return tuple(wanted.items())
+
+
+def asked_for(operator: str, backend: str) -> str:
+    """The backend that the caller names, or that ARENA_BACKEND names for this operator, or ``"auto"``."""
+    if backend != "auto":
+        return backend
+    wanted = override()
+    return wanted.get(operator, wanted.get("", "auto"))
+
+
+def resolve_backend(
+    operator: str,
+    backend: str,
+    own: tuple[str, ...],
+    *,
+    x: Tensor | None = None,
+    others: Mapping[str, Callable[[], str | None]] | None = None,
+) -> str:
+    """The implementation to run, as the module's first lines say.
+
+    Where ARENA_BACKEND or the table names one that the operator has and that can't run on these inputs, the
+    first of ``own`` takes its place, and a warning says why, once for each reason. Where ARENA_BACKEND names
+    one for all operators, those without it keep their default.
+
+    Args:
+        operator: Name of the operator, for messages and for :func:`recording`.
+        backend: ``"auto"``, or the caller's choice.
+        own: Implementations that run wherever torch does, the default first.
+        x: The input that the table looks at; None: the table is not asked.
+        others: Name -> function that says why that implementation can't run here; None: it can.
+
+    Raises:
+        ValueError: The operator has no implementation of that name, or the one that the caller names can't
+            run.
+    """
+    others = others or {}
+    wanted = asked_for(operator, backend)
+    if backend == "auto" and wanted not in own and wanted not in others:
+        wanted = "auto"
+    chosen = own[0]
+    if wanted != "auto":
+        if wanted not in own and wanted not in others:
+            known = ", ".join(("auto", *own, *others))
+            raise ValueError(f"{operator} has no backend {wanted!r} here; known: {known}")
+        reason = None if wanted in own else others[wanted]()
+        if reason is not None and backend != "auto":
+            raise ValueError(f"{operator}: backend {wanted!r} {reason}; use {own[0]!r}")
+        chosen = wanted if reason is None else _instead(operator, wanted, own[0], reason)
+    elif x is not None:
+        line = next((line for line in CHOICES if line.operator == operator and line.fits(x)), None)
+        for name in () if line is None else line.backends:
+            reason = None if name in own else others[name]() if name in others else "is not there"
+            if reason is None:
+                chosen = name
+                break
+            if name in others:
+                _instead(operator, name, own[0], reason)
     record = _RECORD.get()
     if record is not None:
-        record[operator] = backend
-    return backend
+        record[operator] = chosen
+    return chosen
+
+
+def _instead(operator: str, wanted: str, default: str, reason: str) -> str:
+    _warn_once(f"{operator}: backend {wanted!r} {reason}; {default!r} runs in its place")
+    return default
 
 
 @contextmanager
@@ -55,36 +177,7 @@ def recording() -> Iterator[dict[str, str]]:
         _RECORD.reset(token)
 
 
-def with_triton(
-    operator: str, backend: str, others: tuple[str, ...], x: Tensor, refusal: str | None
-) -> tuple[str, ...]:
-    """The implementations for :func:`resolve_backend` of an operator that also has Triton kernels.
-
-    Those are never the default: they run where ``ARENA_BACKEND`` or the caller names them. Where
-    ``ARENA_BACKEND`` does but they can't run, the first of ``others`` takes their place and a warning says
-    why, once for each reason.
-
-    Args:
-        operator: Its name, for messages.
-        backend: What was asked for.
-        others: The other implementations that can run on these inputs, the default first.
-        x: An input: where it lies decides.
-        refusal: Why the kernels do not take these inputs (a dtype, a size); None: they do.
-
-    Raises:
-        ValueError: If Triton is asked for by name and can't run.
-    """
-    refusal = refusal or _triton_refusal(x)
-    if refusal is None:
-        return (*others, "triton")
-    if backend == "triton":
-        raise ValueError(f"{operator}: backend 'triton' {refusal}; use '{others[0]}'")
-    if backend == "auto" and os.environ.get("ARENA_BACKEND") == "triton":
-        _warn_once(f"{operator}: backend 'triton' {refusal}; '{others[0]}' runs in its place")
-    return others
-
-
-def _triton_refusal(x: Tensor) -> str | None:
+def triton_refusal(x: Tensor) -> str | None:
     """Why no Triton kernel can run on x, or None."""
     if not _has_triton():
         return "needs the package triton, which can't be imported here"
@@ -103,5 +196,10 @@ def _has_triton() -> bool:
 
 
 @functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -135,11 +135,14 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
     """
     from arena.training import Replica, TrainConfig
     from arena.training.data import valid_lengths
-    from kernels.backends import NAMES
+    from kernels.backends import NAMES, override
 
-    wanted = os.environ.get("ARENA_BACKEND", "auto")
-    if wanted not in ("auto", *NAMES):
-        raise ExperimentError(f"ARENA_BACKEND is {wanted!r}{near(wanted, NAMES)}")
+    try:
+        override()
+    except ValueError as error:
+        wanted = os.environ["ARENA_BACKEND"]
+        text = str(error) if "=" in wanted else f"ARENA_BACKEND is {wanted!r}{near(wanted, NAMES)}"
+        raise ExperimentError(text) from None
     section = experiment.train.model_dump(exclude_none=True)
     replica_fields = {key: section.pop(key) for key in ("warmup", "beta2", "clip") if key in section}
     replicas = [

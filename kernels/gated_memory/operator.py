@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.backends import resolve_backend, with_triton
+from kernels.backends import resolve_backend, triton_refusal
 from kernels.gated_memory.chunked import gated_memory_chunked
 from kernels.gated_memory.reference import gated_memory_reference
 
@@ -56,8 +56,8 @@ def gated_memory(
         ValueError: If a shape, dtype or backend is wrong; the message says what would be right.
     """
     _check(q, k, v, log_decay, erase, write, decay_sign, initial_state)
-    available = with_triton("gated_memory", backend, ("chunked", "reference"), k, _triton_refusal(k, v))
-    name = resolve_backend("gated_memory", backend, available)
+    others = {"triton": lambda: _kernel_refusal(k, v) or triton_refusal(k)}
+    name = resolve_backend("gated_memory", backend, ("chunked", "reference"), x=k, others=others)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, log_decay, erase, write, decay_sign, scale, initial_state)
     if name == "triton":
@@ -68,7 +68,7 @@ def gated_memory(
     return o.to(v.dtype), state
 
 
-def _triton_refusal(k: Tensor, v: Tensor) -> str | None:
+def _kernel_refusal(k: Tensor, v: Tensor) -> str | None:
     """Why the Triton kernels do not take these inputs, or None."""
     width = max(k.shape[3], v.shape[3])
     if k.dtype not in (torch.float32, torch.bfloat16, torch.float16):

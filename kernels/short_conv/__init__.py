@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.backends import resolve_backend, with_triton
+from kernels.backends import resolve_backend, triton_refusal
 from kernels.short_conv.dynamic import dynamic_short_conv
 from kernels.short_conv.fused import short_conv_fused
 from kernels.short_conv.packing import last_rows_packed, packing_of, places, with_state
-from kernels.short_conv.reference import check_activation, last_rows, short_conv_reference, triton_refusal
+from kernels.short_conv.reference import check_activation, kernel_refusal, last_rows, short_conv_reference
 
 __all__ = ["dynamic_short_conv", "short_conv"]
 
@@ -59,8 +59,8 @@ def short_conv(
     rows = (x.shape[0] if packing is None else len(packing.starts), W - 1, x.shape[2])
     if initial_state is not None and initial_state.shape != rows:
         raise ValueError(f"initial_state must be [B,W-1,D] = {list(rows)}, got {tuple(initial_state.shape)}")
-    available = with_triton("short_conv", backend, ("fused", "reference"), x, triton_refusal(x, W))
-    name = resolve_backend("short_conv", backend, available)
+    others = {"triton": lambda: kernel_refusal(x, W) or triton_refusal(x)}
+    name = resolve_backend("short_conv", backend, ("fused", "reference"), x=x, others=others)
     if packing is None:
         end = last_rows(x, initial_state, W - 1)
     else:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backends import resolve_backend, with_triton
+from kernels.backends import resolve_backend, triton_refusal
 from kernels.short_conv.packing import (
     Packing,
     last_rows_packed,
@@ -15,7 +15,7 @@ from kernels.short_conv.packing import (
     unpacked,
     with_state,
 )
-from kernels.short_conv.reference import check_activation, last_rows, triton_refusal
+from kernels.short_conv.reference import check_activation, kernel_refusal, last_rows
 
 
 def dynamic_short_conv(
@@ -66,9 +66,9 @@ def dynamic_short_conv(
         end = last_rows(x, initial_state, width - 1)
     else:
         end = last_rows_packed(packing, x, initial_state, width - 1)
-    refusal = triton_refusal(x, width, 1 if u is None else u.shape[0])
-    available = with_triton("dynamic_short_conv", backend, ("fused", "reference"), x, refusal)
-    chosen = resolve_backend("dynamic_short_conv", backend, available)
+    refusal = kernel_refusal(x, width, 1 if u is None else u.shape[0])
+    others = {"triton": lambda: refusal or triton_refusal(x)}
+    chosen = resolve_backend("dynamic_short_conv", backend, ("fused", "reference"), x=x, others=others)
     if chosen == "triton":
         from kernels.short_conv.triton_dynamic import dynamic_triton
 

@@ -16,7 +16,7 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"activation must be None or 'silu', got {activation!r}")
 
 
-def triton_refusal(x: Tensor, width: int, rank: int = 1) -> str | None:
+def kernel_refusal(x: Tensor, width: int, rank: int = 1) -> str | None:
     """Why the Triton kernels do not take these inputs, or None."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 or float16, not {x.dtype}"

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from kernels.backends import resolve_backend, with_triton
+from kernels.backends import resolve_backend, triton_refusal
 from kernels.slstm.fused import slstm_fused
 from kernels.slstm.reference import State, slstm_reference
 
@@ -67,7 +67,8 @@ def slstm(
     refusal = "does not take float64" if work == torch.float64 else None
     if K > MAX_TRITON_DIM:
         refusal = f"takes heads of up to {MAX_TRITON_DIM} channels, not {K}"
-    backend = resolve_backend("slstm", backend, with_triton("slstm", backend, others, gates, refusal))
+    extra = {"triton": lambda: refusal or triton_refusal(gates)}
+    backend = resolve_backend("slstm", backend, others, x=gates, others=extra)
     if initial_state is not None:
         h, c, n, m = initial_state
         initial_state = h.to(work), c.to(work), n.to(work), m.to(work)

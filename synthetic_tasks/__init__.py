@@ -25,19 +25,24 @@ from synthetic_tasks import (  # noqa: F401 - importing a family registers its t
 )
 from synthetic_tasks.base import IGNORE, RESULT_VERSION, SPLITS, Batch, Task, describe, get, names
 from synthetic_tasks.export import TaskDataset, tensors, write_parquet
+from synthetic_tasks.roles import ROLES, Writes, roles, writes
 from synthetic_tasks.text import show
 
 __all__ = [
     "IGNORE",
     "RESULT_VERSION",
+    "ROLES",
     "SPLITS",
     "Batch",
     "Task",
     "TaskDataset",
+    "Writes",
     "describe",
     "get",
     "names",
+    "roles",
     "show",
     "tensors",
     "write_parquet",
+    "writes",
 ]

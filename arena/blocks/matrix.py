@@ -160,25 +160,42 @@ class MemoryBlock(Block):
         factor = self.output_gate(x, into)
         if factor is not None:
             trace["output_gate"] = factor
-        if self.spec.normaliser != "none" or states:
-            every = self._every_state(into, state)
-            if self.spec.normaliser != "none":
-                total = (trace["q"].to(every.dtype) * every[..., -1]).sum(-1, keepdim=True)
-                trace["normaliser"] = self.divisor(total)
-            if states:
-                trace["state"] = every[..., : self.value_dim]
+        if self.spec.normaliser != "none":
+            trace["normaliser"] = self.divisor(self._total(into, state).to(q.dtype))
+        if states:
+            trace["state"] = self._every_state(into, state)
         return trace
 
+    def _total(self, into: Inputs, state: State | None) -> Tensor:
+        """n^T q at every token, [B,T,H,1], float64: n is the same memory of the constant 1."""
+        gates, scale = into.gates, self.scale
+        k, write = into.k, gates.write
+        start = None if state is None else state["memory"][..., -1:]
+        if gates.input_gate is not None:
+            k, scale, write = k * self.key_dim**-0.5, 1.0, gates.input_gate.double().exp()
+            if state is not None:
+                start = state["normaliser"][..., None] * state["stabiliser"].double().exp()[..., None, None]
+        return kernels.gated_memory(
+            into.q.double(),
+            k.double(),
+            torch.ones_like(into.v[..., :1], dtype=torch.float64),
+            gates.log_decay,
+            gates.erase,
+            write,
+            decay_sign=gates.decay_sign,
+            scale=scale,
+            initial_state=start,
+        )[0]
+
     def _every_state(self, into: Inputs, state: State | None) -> Tensor:
-        """The memory after every token, [B,T,H,K,V(+1)]: with a normaliser, that is the last column."""
+        """The memory after every token, [B,T,H,K,V]."""
         every = []
         for t in range(into.q.shape[1]):
             q, k, v = (y[:, t : t + 1] for y in (into.q, into.k, into.v))
             gates = GateValues(*(None if y is None else y[:, t : t + 1] for y in into.gates))
             _, state = self.recall(Inputs(q, k, v, gates, {}), state)
-            memory = state["memory"]
-            if "normaliser" in state:
-                memory = torch.cat([memory, state["normaliser"][..., None]], -1)
+            memory = state["memory"][..., : self.value_dim]
+            if "stabiliser" in state:
                 memory = memory * state["stabiliser"].exp()[..., None, None]
             every.append(memory)
         return torch.stack(every, 1)

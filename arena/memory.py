@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-Axis = Literal["none", "scalar", "channel"]
+Axis = Literal["none", "scalar", "mean", "channel"]
 DecayForm = Literal["softplus_a", "sigmoid", "sigmoid_root", "bounded"]
-Write = Literal["one", "scalar", "channel", "exponential"]
-Coupling = Literal["free", "tied", "step"]
+Write = Literal["one", "scalar", "mean", "channel", "exponential"]
+WriteOn = Literal["value", "correction"]
+Coupling = Literal["free", "tied", "complement", "step", "dial"]
 Normaliser = Literal["none", "max_abs", "sum"]
 QKMap = Literal["l2", "none", "elu1"]
 
@@ -30,7 +32,9 @@ class GateSpec:
     """
 
     decay: Axis = "none"
-    """``none`` (decay 1), ``scalar`` (one a head) or ``channel`` (one a key channel)."""
+    """``none`` (decay 1), ``scalar`` (one a head), ``channel`` (one a key channel) or ``mean``: the channel
+    gates of a token averaged over a head's channels, so that there is one a head and no parameter less
+    (GDN-2's ablation, arXiv 2605.22791, table 5)."""
     decay_form: DecayForm = "softplus_a"
     """From pre-activation f to decay: ``softplus_a`` exp(-A softplus(f + dt_bias)) (Mamba-2, GDN, KDA,
     GDN-2), ``sigmoid`` (mLSTM), ``sigmoid_root`` sigmoid(f)^(1/16) (GLA), ``bounded`` exp(-5 sigmoid(A (f +
@@ -40,16 +44,30 @@ class GateSpec:
     signed: bool = False
     """Decay is 2 s - 1 in [-1, 1] instead of s in [0, 1] (Grazzi et al., arXiv 2411.12537)."""
     erase: Axis = "none"
-    """``none`` (erase 0), ``scalar`` (one a head) or ``channel`` (one a key channel); a sigmoid."""
+    """``none`` (erase 0), ``scalar``, ``mean`` or ``channel`` as for decay; a sigmoid."""
     erase_range: Literal[1, 2] = 1
     """Upper end of erase; 2 allows eigenvalues down to -1. Tied, it doubles write as well; free, erase
-    only."""
+    only; see :attr:`write_interval`."""
+    erase_value: float | None = None
+    """Freeze a ``scalar`` erase at this number in [0, 2]: it is not computed, and has no parameters."""
     write: Write = "one"
-    """``one`` (write 1), ``scalar``, ``channel`` (one a value channel) or ``exponential`` (mLSTM, one a
-    head)."""
+    """``one`` (write 1), ``scalar``, ``mean``, ``channel`` (one a value channel) or ``exponential`` (mLSTM,
+    one a head)."""
+    write_value: float | None = None
+    """Freeze a ``scalar`` write at this number above 0."""
+    write_on: WriteOn = "value"
+    """What write multiplies: the ``value``, or the whole ``correction`` of the memory, S_t = D_t S_{t-1} +
+    k_t (write_t * (v_t - r_t))^T with r_t = (D_t S_{t-1})^T e_t. The latter is exploratory (no architecture
+    has it) and runs on the reference backend only."""
     coupling: Coupling = "free"
-    """``free``; ``tied``: erase and write are one gate; ``step``: write is the step size softplus(f +
-    dt_bias) from which the decay is computed (Mamba-2)."""
+    """``free``; ``tied``: erase and write are one gate (channel-wise only where K = V); ``complement``: write
+    = 1 - decay (a channel-wise decay is on K, so that it scales k, which only a memory without erase allows);
+    ``step``: write is the step size softplus(f + dt_bias) from which the decay is computed (Mamba-2);
+    ``dial``: from tied to free, see ``dial``."""
+    dial: float | None = None
+    """l in [0, 1] of coupling ``dial``: with s a scalar gate that erase and write share, and b and w gates of
+    their own, erase = range ((1 - l) s + l b) and write = (1 - l) range s + l w. 0 is ``tied`` scalar gates,
+    1 is ``free``, in every range."""
     normaliser: Normaliser = "none"
     """What a read is divided by, with n the same memory of the constant 1: ``max_abs`` max(|n^T q|, 1)
     (mLSTM), ``sum`` n^T q + 1e-6 (linear attention; needs positive features)."""
@@ -62,6 +80,10 @@ class GateSpec:
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}")
         if not 0 <= self.a_range[0] < self.a_range[1]:
             raise ValueError(f"a_range must be 0 <= low < high, got {self.a_range}")
+        for name in ("erase_value", "write_value", "dial"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         for wrong, why in _contradictions(self):
             if wrong:
                 raise ValueError(f"{why}: {self}")
@@ -74,6 +96,26 @@ class GateSpec:
                 raise ValueError(f"gate space has no axis {name!r}; known: {', '.join(known)}")
         return dataclasses.replace(self, **changes)
 
+    @property
+    def erase_interval(self) -> tuple[float, float]:
+        """The values that erase can take."""
+        if self.erase_value is not None:
+            return (float(self.erase_value),) * 2
+        return (0.0, 0.0) if self.erase == "none" else (0.0, float(self.erase_range))
+
+    @property
+    def write_interval(self) -> tuple[float, float]:
+        """The values that write can take: with tied gates, ``erase_range`` holds for write too."""
+        if self.write_value is not None:
+            return (float(self.write_value),) * 2
+        if self.coupling == "dial":
+            assert self.dial is not None
+            return 0.0, (1 - self.dial) * self.erase_range + self.dial
+        high = {"tied": self.erase_range, "complement": 1 + self.signed, "step": math.inf, "free": 1}
+        if self.write == "one":
+            return 1.0, 1.0
+        return 0.0, math.inf if self.write == "exponential" else float(high[self.coupling])
+
 
 _CHOICES: dict[str, Any] = {
     "decay": Axis,
@@ -81,6 +123,7 @@ _CHOICES: dict[str, Any] = {
     "erase": Axis,
     "erase_range": Literal[1, 2],
     "write": Write,
+    "write_on": WriteOn,
     "coupling": Coupling,
     "normaliser": Normaliser,
     "qk_map": QKMap,
@@ -90,26 +133,72 @@ _CHOICES: dict[str, Any] = {
 def _contradictions(g: GateSpec) -> list[tuple[bool, str]]:
     """Pairs (holds, reason) of settings that contradict each other."""
     exponential = g.write == "exponential"
+    gated_write = g.write in ("scalar", "mean", "channel")
     return [
         (g.signed and g.decay == "none", "a signed decay needs a decay"),
         (g.erase == "none" and g.erase_range != 1, "erase_range needs an erase gate"),
         (g.erase != "none" and g.qk_map != "l2", "erase needs keys of length 1 (qk_map='l2')"),
+        *_frozen_contradictions(g),
         (g.coupling == "tied" and (g.erase == "none" or g.erase != g.write), "tied gates share one axis"),
+        (g.coupling == "complement" and g.decay == "none", "coupling='complement' needs a decay"),
+        (
+            g.coupling == "complement" and g.write != g.decay,
+            "coupling='complement' gives write the axis of decay",
+        ),
+        (
+            g.coupling == "complement" and g.decay == "channel" and g.erase != "none",
+            "a channel-wise complement scales k, which erase uses too: erase must be 'none'",
+        ),
         (
             g.coupling == "step"
             and (g.decay != "scalar" or g.write != "scalar" or g.decay_form != "softplus_a"),
             "coupling='step' needs scalar decay of form 'softplus_a' and scalar write",
+        ),
+        ((g.coupling == "dial") != (g.dial is not None), "coupling='dial' and a dial need each other"),
+        (g.dial is not None and not 0 <= g.dial <= 1, "a dial is in [0, 1]"),
+        (
+            g.coupling == "dial" and (g.erase == "none" or not gated_write),
+            "coupling='dial' needs an erase gate and a write gate of a sigmoid",
+        ),
+        (
+            g.write_on == "correction" and (g.erase == "none" or not gated_write or g.coupling != "free"),
+            "write_on='correction' needs an erase gate, a write gate of a sigmoid and coupling='free'",
         ),
         (
             exponential
             and (g.decay != "scalar" or g.decay_form != "sigmoid" or g.signed or g.erase != "none"),
             "exponential write needs a positive scalar decay of form 'sigmoid' and no erase",
         ),
+        (exponential and g.coupling != "free", "exponential write needs coupling='free'"),
         (exponential and g.normaliser != "max_abs", "exponential write needs normaliser='max_abs'"),
-        (g.normaliser != "none" and g.write == "channel", "a normaliser needs a write gate without channels"),
+        (
+            g.normaliser != "none"
+            and (g.write_on == "correction" or (g.write == "channel" and g.coupling != "complement")),
+            "a normaliser needs a write gate without channels, on the value",
+        ),
         (
             g.normaliser == "sum" and (g.qk_map != "elu1" or g.signed or g.erase != "none"),
             "normaliser='sum' needs positive features (qk_map='elu1'), no erase and a positive decay",
+        ),
+    ]
+
+
+def _frozen_contradictions(g: GateSpec) -> list[tuple[bool, str]]:
+    """As :func:`_contradictions`, for gates that are frozen at a value."""
+    erase, write = g.erase_value, g.write_value
+    return [
+        (erase is not None and g.erase != "scalar", "a frozen erase is one number: erase='scalar'"),
+        (erase is not None and not 0 <= erase <= 2, "erase is frozen at a value in [0, 2]"),
+        (erase is not None and g.erase_range != 1, "a frozen erase has no range"),
+        (write is not None and g.write != "scalar", "a frozen write is one number: write='scalar'"),
+        (write is not None and not 0 < write < math.inf, "write is frozen at a value above 0"),
+        (
+            write is not None and g.coupling != "free",
+            f"coupling={g.coupling!r} computes write, which can't be frozen then",
+        ),
+        (
+            erase is not None and g.coupling in ("tied", "dial"),
+            f"coupling={g.coupling!r} computes erase, which can't be frozen then",
         ),
     ]
 

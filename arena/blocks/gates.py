@@ -34,6 +34,8 @@ class GateValues(NamedTuple):
     """[B,T,H]: pre-activation of an exponential write."""
     forget_gate: Tensor | None = None
     """[B,T,H]: pre-activation of the sigmoid decay that goes with an exponential write."""
+    key: Tensor | None = None
+    """[B,T,H,K]: factor on the key, where write is a gate on the channels of K (``complement``)."""
 
 
 class StepDecay(nn.Module):
@@ -89,8 +91,9 @@ class Gates(nn.Module):
 
     Decay reads x through a full projection where it is one a head, and through a rank-V projection without
     bias where it is one a channel (KDA, GDN-2: the rank is the head's value width); ``sigmoid_root`` has rank
-    16 and a bias (GLA). Erase and write are sigmoids of full projections without bias. mLSTM's gates start at
-    zero weight, so that the biases alone decide.
+    16 and a bias (GLA). Erase and write are sigmoids of full projections without bias; a ``mean`` gate has
+    the parameters of a ``channel`` gate, and its value is the mean of that gate over a head's channels.
+    mLSTM's gates start at zero weight, so that the biases alone decide.
     """
 
     def __init__(self, spec: GateSpec, *, d_model: int, n_heads: int, key_dim: int, value_dim: int) -> None:
@@ -100,20 +103,22 @@ class Gates(nn.Module):
         self.spec = spec
         self.n_heads = n_heads
         if spec.decay != "none":
-            channels = key_dim if spec.decay == "channel" else 1
+            channels = 1 if spec.decay == "scalar" else key_dim
             self.decay_in = self._decay_projection(d_model, n_heads * channels, value_dim)
             self.decay = self._decay_parameters(n_heads, channels)
-        if spec.erase != "none":
-            self.erase = nn.Linear(d_model, n_heads * (key_dim if spec.erase == "channel" else 1), bias=False)
+        if spec.erase != "none" and spec.erase_value is None:
+            channels = 1 if spec.erase == "scalar" else key_dim
+            self.erase = nn.Linear(d_model, n_heads * channels, bias=False)
         if spec.write == "exponential":
             self.input = nn.Linear(d_model, n_heads)
             nn.init.zeros_(self.input.weight)
             nn.init.normal_(self.input.bias, std=0.1)
             no_weight_decay(self.input.bias)
-        elif spec.write != "one" and spec.coupling == "free":
-            self.write = nn.Linear(
-                d_model, n_heads * (value_dim if spec.write == "channel" else 1), bias=False
-            )
+        elif spec.write != "one" and spec.write_value is None and spec.coupling in ("free", "dial"):
+            channels = 1 if spec.write == "scalar" else value_dim
+            self.write = nn.Linear(d_model, n_heads * channels, bias=False)
+        if spec.coupling == "dial":
+            self.shared = nn.Linear(d_model, n_heads, bias=False)
 
     def _decay_projection(self, d_model: int, width: int, value_dim: int) -> nn.Module:
         if self.spec.decay_form == "sigmoid":
@@ -122,7 +127,7 @@ class Gates(nn.Module):
             return projection
         if self.spec.decay_form == "sigmoid_root":
             return low_rank(d_model, GLA_RANK, width, bias=True)
-        if self.spec.decay == "channel":
+        if self.spec.decay != "scalar":
             return low_rank(d_model, value_dim, width, bias=False)
         return nn.Linear(d_model, width, bias=False)
 
@@ -141,37 +146,68 @@ class Gates(nn.Module):
         if spec.write == "exponential":
             forget_gate = self._axis(self.decay(self._heads(self.decay_in(x))), "scalar")
             return exponential_gates(self.input(x), forget_gate)
-        log_decay = decay_sign = step = erase = write = None
+        log_decay = decay_sign = step = erase = write = key = None
         if spec.decay != "none":
             log_decay, step = self._log_decay(self._heads(self.decay_in(x)))
         if spec.erase != "none":
-            erase = spec.erase_range * torch.sigmoid(self._axis(self._heads(self.erase(x)), spec.erase))
+            erase = self._frozen(x, spec.erase_value)
+        if spec.erase != "none" and erase is None:
+            erase = spec.erase_range * self._axis(torch.sigmoid(self._heads(self.erase(x))), spec.erase)
         if spec.coupling == "tied":
             write = erase
         elif spec.coupling == "step":
             write = step
+        elif spec.coupling == "complement":
+            assert log_decay is not None
+            complement = -(1 + spec.signed) * torch.expm1(
+                log_decay
+            )  # 1 - decay, before the sign is split off
+            write, key = (None, complement) if spec.decay == "channel" else (complement, None)
+        elif spec.write_value is not None:
+            write = self._frozen(x, spec.write_value)
         elif spec.write != "one":
-            write = torch.sigmoid(self._axis(self._heads(self.write(x)), spec.write))
+            write = self._axis(torch.sigmoid(self._heads(self.write(x))), spec.write)
+        if spec.coupling == "dial":
+            assert spec.dial is not None and erase is not None and write is not None
+            shared = (1 - spec.dial) * spec.erase_range * torch.sigmoid(self.shared(x))
+            erase, write = _plus(shared, spec.dial * erase), _plus(shared, spec.dial * write)
         if spec.signed and log_decay is not None:
             log_decay, decay_sign = signed_decay(log_decay)
-        return GateValues(log_decay, erase, write, decay_sign, step=step if spec.coupling == "step" else None)
+        step = step if spec.coupling == "step" else None
+        return GateValues(log_decay, erase, write, decay_sign, step=step, key=key)
 
     def _log_decay(self, f: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pre-activations f [B,T,H,C] to (log decay, step where there is one), with the axis of the spec."""
+        step = None
         if self.spec.decay_form in ("softplus_a", "bounded"):
             log_decay, step = self.decay(f)
-            return self._axis(log_decay, self.spec.decay), self._axis(step, self.spec.decay)
-        log_decay = F.logsigmoid(self.decay(f).to(memory_dtype(f.dtype)))
+            step = self._axis(step, self.spec.decay)
+        else:
+            log_decay = F.logsigmoid(self.decay(f).to(memory_dtype(f.dtype)))
         if self.spec.decay_form == "sigmoid_root":
             log_decay = log_decay / GLA_ROOT
-        return self._axis(log_decay, self.spec.decay), None
+        if self.spec.decay == "mean":  # of the decays, not of their logarithms
+            return torch.logsumexp(log_decay, -1) - math.log(log_decay.shape[-1]), step
+        return self._axis(log_decay, self.spec.decay), step
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, -1))
 
+    def _frozen(self, x: Tensor, value: float | None) -> Tensor | None:
+        """A gate [B,T,H] that is the same for every token, or None where it is not frozen."""
+        return None if value is None else x.new_full((*x.shape[:2], self.n_heads), value)
+
     @staticmethod
     def _axis(x: Tensor, axis: str) -> Tensor:
+        """A gate [B,T,H,C] on its axis: [B,T,H] where that is one a head."""
+        if axis == "mean":
+            return x.mean(-1)
         return x[..., 0] if axis == "scalar" else x
+
+
+def _plus(shared: Tensor, own: Tensor) -> Tensor:
+    """[B,T,H] + [B,T,H] or [B,T,H,C]."""
+    return (shared if own.dim() == shared.dim() else shared[..., None]) + own
 
 
 def exponential_gates(input_gate: Tensor, forget_gate: Tensor) -> GateValues:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import kernels
 from arena.blocks.base import Block, State, memory_dtype
+from arena.blocks.correction import correction_memory
 from arena.blocks.gates import Gates, GateValues
 from arena.blocks.outer import COMMON, LayerSpec, OutputGate, RMSNorm, ShortConv, l2_norm, xavier_
 from arena.blocks.registry import register
@@ -86,11 +87,15 @@ class MemoryBlock(Block):
         """Run the memory: what the heads read [B,T,H,V], after the normaliser, and the memory's new state."""
         q, k, v, gates = into.q, into.k, into.v, into.gates
         if gates.input_gate is not None and gates.forget_gate is not None:
-            before = None if state is None else (state["memory"], state["normaliser"], state["stabiliser"])
+            held = None if state is None else (state["memory"], state["normaliser"], state["stabiliser"])
             read, (memory, normaliser, stabiliser) = kernels.mlstm(
-                q, k, v, gates.input_gate, gates.forget_gate, initial_state=before
+                q, k, v, gates.input_gate, gates.forget_gate, initial_state=held
             )
             return read, {"memory": memory, "normaliser": normaliser, "stabiliser": stabiliser}
+        before = None if state is None else state["memory"]
+        if self.spec.write_on == "correction":
+            read, memory = correction_memory(q, k, v, gates, scale=self.scale, initial_state=before)
+            return read, {"memory": memory}
         if self.spec.normaliser != "none":
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         read, memory = kernels.gated_memory(
@@ -102,7 +107,7 @@ class MemoryBlock(Block):
             gates.write,
             decay_sign=gates.decay_sign,
             scale=self.scale,
-            initial_state=None if state is None else state["memory"],
+            initial_state=before,
         )
         if self.spec.normaliser != "none":
             read = read[..., :-1] / self.divisor(read[..., -1:])
@@ -134,7 +139,11 @@ class MemoryBlock(Block):
         return state
 
     def trace(self, x: Tensor, state: State | None = None, *, states: bool = False) -> dict[str, Tensor]:
-        """See :class:`~arena.blocks.base.Block`; absent gates appear with their neutral value, [B,T,H,1]."""
+        """See :class:`~arena.blocks.base.Block`; absent gates appear with their neutral value, [B,T,H,1].
+
+        Where write gates the whole correction, erase is one number for every pair of a key and a value
+        channel, for which the vocabulary has no name: it is left out.
+        """
         into = self.inputs(x, state)
         q, k, v, gates = into.q, into.k, into.v, into.gates
         scale = self.key_dim**-0.5 if self.scale is None else self.scale
@@ -153,6 +162,8 @@ class MemoryBlock(Block):
             "write": one if gates.write is None else _with_axis(gates.write),
             "read": self.recall(into, state)[0],
         }
+        if self.spec.write_on == "correction":
+            del trace["erase"]
         for name in ("step", "input_gate", "forget_gate"):
             value = getattr(gates, name)
             if value is not None:
@@ -259,7 +270,10 @@ class MatrixMemoryBlock(MemoryBlock):
             q, k = l2_norm(q), l2_norm(k)
         elif self.spec.qk_map == "elu1":
             q, k = F.elu(q) + 1, F.elu(k) + 1
-        return Inputs(q, k, v, self.gates(x), {} if rows is None else {"conv": rows})
+        gates = self.gates(x)
+        if gates.key is not None:
+            k = k * gates.key.to(k.dtype)
+        return Inputs(q, k, v, gates, {} if rows is None else {"conv": rows})
 
     def output_gate(self, x: Tensor, into: Inputs) -> Tensor | None:
         """See :class:`MemoryBlock`."""

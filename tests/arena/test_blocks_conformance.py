@@ -12,15 +12,39 @@ from arena.blocks import Block, block_names, build_block
 from arena.memory import TRACE_FIELDS, state_bytes
 
 D, H, B, T = 8, 2, 2, 9
-CASES = [(name, outer) for name in block_names() for outer in ("common", "official")]
+POINTS = {
+    "gates averaged": dict(decay="mean", erase="mean", write="mean"),
+    "gates averaged, signed": dict(decay="mean", erase="mean", write="channel", signed=True),
+    "frozen erase": dict(erase="scalar", erase_value=1.5),
+    "frozen write": dict(write="scalar", write_value=0.5),
+    "tied channels": dict(coupling="tied", erase_range=2),
+    "complement": dict(decay="scalar", write="scalar", coupling="complement", erase_range=2),
+    "complement of averages": dict(decay="mean", write="mean", coupling="complement", signed=True),
+    "complement on k": dict(erase="none", coupling="complement", signed=True),
+    "complement on k, normaliser": dict(erase="none", coupling="complement", normaliser="max_abs"),
+    "dial": dict(coupling="dial", dial=0.25, erase_range=2),
+    "dial of scalars": dict(coupling="dial", dial=0.75, erase="scalar", write="mean"),
+    "correction": dict(erase="scalar", erase_value=1.0, write_on="correction"),
+    "correction, all gates": dict(erase_range=2, write_on="correction", signed=True),
+    "correction, scalar": dict(decay="scalar", erase="scalar", write="scalar", write_on="correction"),
+}
+"""Points of gate space that no architecture has, as changes to gdn2."""
+
+CASES = [(name, outer) for name in [*block_names(), *POINTS] for outer in ("common", "official")]
 each_block = pytest.mark.parametrize(("name", "outer"), CASES, ids=[f"{n}-{o}" for n, o in CASES])
 
 
-def make(name, outer, *, seed=0, dtype=torch.float64, **options) -> Block:
+def build(name, **arguments) -> Block:
+    if name in POINTS:
+        return build_block("gdn2", d_model=D, n_heads=H, gates=POINTS[name], **arguments)
+    return build_block(name, d_model=D, n_heads=H, **arguments)
+
+
+def make(name, outer, *, seed=0, dtype=torch.float64) -> Block:
     """A block whose weights are all away from zero, so that nothing is hidden by an initialisation."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        block = build_block(name, d_model=D, n_heads=H, outer=outer, depth=0.5, **options)
+        block = build(name, outer=outer, depth=0.5)
         for parameter in block.parameters():
             parameter.data.add_(0.3 * torch.randn_like(parameter))
     return block.to(dtype)
@@ -161,12 +185,7 @@ def test_initial_weights_come_from_the_global_generator_alone(name, outer):
     def weights(seed):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return torch.cat(
-                [
-                    p.detach().flatten()
-                    for p in build_block(name, d_model=D, n_heads=H, outer=outer).parameters()
-                ]
-            )
+            return torch.cat([p.detach().flatten() for p in build(name, outer=outer).parameters()])
 
     assert torch.equal(weights(3), weights(3))
     assert not torch.equal(weights(3), weights(4))

@@ -135,6 +135,17 @@ SPACE = [
     NAMED["mamba2"].replace(qk_map="none", erase="none", normaliser="max_abs"),
     NAMED["mamba2"].replace(erase="channel"),
     NAMED["mlstm"].replace(write="scalar"),
+    NAMED["gdn2"].replace(decay="mean", erase="mean", write="mean"),
+    NAMED["kda"].replace(decay="mean", signed=True, erase="mean", write="mean", erase_range=2),
+    NAMED["gdn2"].replace(erase="scalar", erase_value=1.5),
+    NAMED["gdn2"].replace(write="scalar", write_value=0.5),
+    NAMED["gdn2"].replace(coupling="tied", erase_range=2),
+    NAMED["gdn2"].replace(decay="scalar", write="scalar", coupling="complement"),
+    NAMED["gdn2"].replace(decay="mean", write="mean", coupling="complement", signed=True),
+    NAMED["gla"].replace(write="channel", coupling="complement"),
+    NAMED["gla"].replace(write="channel", coupling="complement", signed=True, normaliser="max_abs"),
+    NAMED["gdn2"].replace(coupling="dial", dial=0.3, erase_range=2),
+    NAMED["gdn2"].replace(coupling="dial", dial=0.3, erase="scalar", write="mean"),
 ]
 
 
@@ -167,11 +178,11 @@ def test_the_traced_gates_make_the_traced_states_and_reads(spec):
         # mLSTM adds 1e-6 to its stabilised divisor.
         tolerance = 1e-4 if spec.write == "exponential" else 1e-9
         torch.testing.assert_close(trace["read"][:, t], read, rtol=tolerance, atol=tolerance)
-    high = 1.0 if spec.coupling != "tied" else spec.erase_range
-    assert trace["erase"].min() >= 0 and trace["erase"].max() <= spec.erase_range
     assert trace["decay"].min() >= -1 and trace["decay"].max() <= 1
-    if spec.coupling != "step" and spec.write != "exponential":
-        assert trace["write"].min() >= 0 and trace["write"].max() <= high
+    assert trace["erase"].min() >= spec.erase_interval[0] and trace["erase"].max() <= spec.erase_interval[1]
+    if not (spec.coupling == "complement" and spec.decay == "channel"):  # there it is in k
+        low, high = spec.write_interval
+        assert trace["write"].min() >= low and trace["write"].max() <= high
     torch.testing.assert_close(trace["log_decay"].exp(), trace["decay"].abs(), rtol=1e-9, atol=1e-12)
 
 

@@ -234,6 +234,7 @@ class MatrixMemoryBlock(MemoryBlock):
     ) -> None:
         key_dim, value_dim = layer.head_dims(d_model, n_heads)
         super().__init__(d_model=d_model, n_heads=n_heads, spec=spec, key_dim=key_dim, value_dim=value_dim)
+        self.layer = layer
         self.widths = [n_heads * key_dim, n_heads * key_dim, n_heads * value_dim]
         conv = conv or layer.conv
         activation = layer.activation == "silu" or conv != "none"

@@ -51,9 +51,9 @@ def _ranged(value: Any) -> Any:
     return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-ARM_NAME = r"^[A-Za-z0-9][^\s,/\x00-\x1f]{0,79}$"
-"""What may name an arm: a word without commas and slashes, as the command line and reports separate by
-those."""
+ARM_NAME = r"^[A-Za-z0-9]([^,/\x00-\x1f]{0,158}[^\s,/\x00-\x1f])?$"
+"""What may name an arm: text without commas and slashes, as the command line and reports separate by
+those; words in it, such as ``gdn2 erase=mean``, are separated by spaces."""
 
 # Bounds far above what trains, so that a slip of the keyboard is refused before it fills the memory.
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -174,6 +174,37 @@ class TrainSection(_Strict):
     """Largest norm of the gradient."""
 
 
+AxisLevels = Annotated[list[str | float], BeforeValidator(_listed)]
+
+
+class AblationSection(_Strict):
+    """``[ablation]``: points of gate space around the one architecture of ``archs``, for ``arena ablate``.
+
+    The levels of all axes named are crossed; ``arena.ablation.AXES`` says what they are. A number freezes
+    erase or write at that value; for the coupling it is the dial from tied (0) to free (1).
+    """
+
+    preset: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
+    """Points known by name: ``paper``, ``left-out``."""
+    decay: AxisLevels = Field(default_factory=list)
+    decay_sign: AxisLevels = Field(default_factory=list)
+    decay_form: AxisLevels = Field(default_factory=list)
+    erase: AxisLevels = Field(default_factory=list)
+    erase_range: AxisLevels = Field(default_factory=list)
+    write: AxisLevels = Field(default_factory=list)
+    write_on: AxisLevels = Field(default_factory=list)
+    coupling: AxisLevels = Field(default_factory=list)
+    normaliser: AxisLevels = Field(default_factory=list)
+    qk_map: AxisLevels = Field(default_factory=list)
+    conv: AxisLevels = Field(default_factory=list)
+    output_gate: AxisLevels = Field(default_factory=list)
+
+    @property
+    def axes(self) -> dict[str, list[str | float]]:
+        """The axes that are named, with their levels."""
+        return {name: levels for name, levels in self if name != "preset" and levels}
+
+
 class Experiment(_Strict):
     """A whole experiment file.
 
@@ -200,6 +231,7 @@ class Experiment(_Strict):
     model: ModelSection = ModelSection()
     arms: dict[Annotated[str, Field(pattern=ARM_NAME)], Arm] = Field(default_factory=dict)
     overrides: dict[str, ModelOverride] = Field(default_factory=dict)
+    ablation: AblationSection | None = None
     train: TrainSection
 
     @model_validator(mode="after")
@@ -304,6 +336,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "tasks": TaskSection,
     "arms": Arm,
     "overrides": ModelOverride,
+    "ablation": AblationSection,
 }
 
 

@@ -137,6 +137,8 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
     from arena.training.data import valid_lengths
     from kernels.backends import NAMES, override
 
+    if experiment.ablation is not None:
+        raise ExperimentError(f"{experiment.name} has a section [ablation]: arena ablate runs it")
     try:
         override()
     except ValueError as error:
@@ -279,6 +281,17 @@ def _task(entry: TaskSection) -> Any:
     )
 
 
+def model_fields(experiment: Experiment, arm: str, entry: TaskSection) -> dict[str, Any]:
+    """What the file says about the model of an arm on a task: the sections merged, the later ones winning."""
+    fields = experiment.model.model_dump(exclude_none=True)
+    for section in (entry.model, experiment.arms.get(arm), experiment.overrides.get(arm)):
+        if section is not None:
+            override = section.model_dump(exclude_none=True, exclude={"arch"})
+            override["options"] = {**fields["options"], **override["options"]}
+            fields.update(override)
+    return fields
+
+
 def _model(
     experiment: Experiment, arm: str, entry: TaskSection, task: Any, device: str
 ) -> tuple[dict[str, Any], str]:
@@ -288,13 +301,8 @@ def _model(
     from arena.model import ModelConfig, build_model
     from kernels.backends import recording
 
-    fields = experiment.model.model_dump(exclude_none=True)
     arch = experiment.arch_of(arm)
-    for section in (entry.model, experiment.arms.get(arm), experiment.overrides.get(arm)):
-        if section is not None:
-            override = section.model_dump(exclude_none=True, exclude={"arch"})
-            override["options"] = {**fields["options"], **override["options"]}
-            fields.update(override)
+    fields = model_fields(experiment, arm, entry)
     try:
         config = ModelConfig(
             arch=arch,

@@ -1,0 +1,1 @@
+"""Ablations: grids in gate space around one architecture."""

@@ -1,0 +1,469 @@
+"""Interventions: gates of a trained model changed at evaluation, and what that does to its answers.
+
+A measured gate says what a memory does, not whether the answer depends on it. Here a gate is frozen, clamped,
+swapped or set to zero, in the layers, heads and tokens of an :class:`Edit`, while everything else runs as
+trained; the effect is the difference of accuracy on the same sequences.
+
+    with hooked(model, editor(edits, classes)):
+        logits, _ = model(tokens)
+
+The blocks know nothing of this: their methods are wrapped on the instance, and restored.
+
+Axes: B batch, T tokens, H heads, C channels of a gate (1, or the head's K or V).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from arena.blocks.attention import Attention
+from arena.blocks.base import Block, State
+from arena.blocks.gates import GateValues
+from arena.blocks.matrix import Inputs, MemoryBlock
+from arena.blocks.recurrent import RecurrentBlock
+
+Gate = Literal["decay", "erase", "write", "output"]
+Action = Literal["zero", "freeze", "clamp", "swap"]
+Hook = Callable[[int, dict[str, Tensor], int], dict[str, Tensor]]
+"""(layer, gate values by name, each [B,T,H,C], position of the first token) -> values to use instead."""
+
+_LOGIT = 80.0
+"""Pre-activation that stands for a gate of exactly 0 or 1: exp(-80) is 2e-35."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One change of one gate.
+
+    Gates have the names and values of the trace vocabulary: ``decay`` (signed), ``erase``, ``write`` (in
+    mLSTM, sLSTM and LSTM the value of the input gate; ``input`` means the same there), ``output``. Gates that
+    are tied in training are changed one by one: clamping the erase of DeltaNet leaves its write alone.
+
+    Raises:
+        ValueError: a field makes no sense; the message says what would.
+    """
+
+    gate: str
+    """``decay``, ``erase``, ``write`` (or ``input``) or ``output``."""
+    action: Action
+    """``zero``; ``freeze`` at ``value``, or at the mean of each head and channel over the chosen tokens of
+    other data; ``clamp`` into [low, high]; ``swap`` with what ``other`` says."""
+    low: float | None = None
+    high: float | None = None
+    value: float | None = None
+    other: str | None = None
+    """Of ``swap``: ``heads`` (each chosen head takes the gate of the next one), ``tokens`` (each chosen token
+    takes the gate of another one of its sequence, at random) or another gate, whose place ``gate`` takes and
+    which takes its place."""
+    layer: int | None = None
+    """None: every layer."""
+    heads: tuple[int, ...] | None = None
+    """None: every head."""
+    tokens: str | None = None
+    """A class of tokens; None: every token."""
+    means: Mapping[int, Tensor] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Layer -> [H,C]: filled by :func:`prepare`."""
+
+    def __post_init__(self) -> None:
+        if self.gate == "input":
+            object.__setattr__(self, "gate", "write")
+        if self.gate not in get_args(Gate):
+            raise ValueError(f"there is no gate {self.gate!r}; gates: decay, erase, write, input, output")
+        if self.action not in get_args(Action):
+            raise ValueError(f"cannot {self.action!r} a gate; actions: {', '.join(get_args(Action))}")
+        clamp = self.action == "clamp"
+        if clamp and (self.low is None or self.high is None or not self.low <= self.high):
+            raise ValueError(f"clamp needs low <= high, got {self.low} and {self.high}")
+        if not clamp and (self.low is not None or self.high is not None):
+            raise ValueError(f"low and high belong to clamp, not to {self.action}")
+        if self.value is not None and self.action != "freeze":
+            raise ValueError(f"a value belongs to freeze, not to {self.action}")
+        if (self.other is not None) != (self.action == "swap"):
+            raise ValueError("swap, and nothing else, needs what to swap with: heads, tokens or a gate")
+        if self.other is not None and self.other not in ("heads", "tokens", "decay", "erase", "write"):
+            raise ValueError(f"cannot swap with {self.other!r}: heads, tokens, decay, erase or write")
+        if self.other == self.gate or (self.gate == "output" and self.other in get_args(Gate)):
+            raise ValueError(f"cannot swap {self.gate} with {self.other}")
+
+    @property
+    def what(self) -> str:
+        """The change in words, without its place."""
+        if self.action == "zero":
+            return f"{self.gate} = 0"
+        if self.action == "clamp":
+            return f"{self.gate} clamped to [{self.low:g}, {self.high:g}]"
+        if self.action == "swap":
+            return f"{self.gate} swapped with {self.other}"
+        return f"{self.gate} frozen at " + ("its mean" if self.value is None else f"{self.value:g}")
+
+
+_EDIT = re.compile(r"(?P<gate>[a-z]+):(?P<action>[a-z]+)(?P<args>(:[^:@]+)*)(?P<where>(@[a-z]+=[^@]+)*)")
+
+
+def parse_edit(text: str) -> Edit:
+    """An edit as the command line writes it.
+
+    ``GATE:ACTION[:ARGUMENT...][@layer=N][@head=N,N][@class=NAME]``: ``erase:clamp:0:1``, ``write:zero``,
+    ``decay:freeze`` (at its mean), ``decay:freeze:0.9@layer=0@head=1,3``, ``erase:swap:write@class=query``.
+
+    Raises:
+        ValueError: one line that says what would be right.
+    """
+    found = _EDIT.fullmatch(text.strip())
+    form = "GATE:ACTION[:ARGUMENT...][@layer=N][@head=N,N][@class=NAME], such as erase:clamp:0:1@head=0"
+    if found is None:
+        raise ValueError(f"cannot read the intervention {text!r}; write {form}")
+    arguments = [word for word in found["args"].split(":") if word]
+    fields: dict[str, Any] = {"gate": found["gate"], "action": found["action"]}
+    names = {"clamp": ("low", "high"), "freeze": ("value",), "swap": ("other",)}.get(found["action"], ())
+    if len(arguments) > len(names):
+        raise ValueError(f"{found['action']} takes {len(names)} arguments, not {len(arguments)}: {text!r}")
+    try:
+        for name, word in zip(names, arguments, strict=False):
+            fields[name] = word if name == "other" else float(word)
+        for part in filter(None, found["where"].split("@")):
+            name, _, word = part.partition("=")
+            if name == "layer":
+                fields["layer"] = int(word)
+            elif name in ("head", "heads"):
+                fields["heads"] = tuple(int(number) for number in word.split(","))
+            elif name == "class":
+                fields["tokens"] = word
+            else:
+                raise ValueError(f"there is no place {name!r} (layer, head, class)")
+    except ValueError as error:
+        raise ValueError(f"cannot read the intervention {text!r}: {error}; write {form}") from None
+    return Edit(**fields)
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """The blocks of a model, first layer first; a block is a stack of one."""
+    return [model] if isinstance(model, Block) else list(model.blocks)
+
+
+@torch.no_grad()
+def gates_of(block: Block) -> list[str]:
+    """Which gates of that meaning a block has."""
+    x = next(block.parameters()).new_zeros(1, 1, block.d_model)
+    if isinstance(block, MemoryBlock):
+        into = block.inputs(x, None)
+        names = list(_memory_gates(into.gates))
+        return [*names, "output"] if block.output_gate(x, into) is not None else names
+    if isinstance(block, RecurrentBlock):
+        return ["decay", "write", "output"]
+    if isinstance(block, Attention) and block.gate_out is not None:
+        return ["output"]
+    return []
+
+
+def check(model: nn.Module, edits: Sequence[Edit]) -> None:
+    """Refuse an edit that a model cannot take.
+
+    Raises:
+        ValueError: no such layer, head or gate; the message says what there is.
+    """
+    blocks = blocks_of(model)
+    for edit in edits:
+        if edit.layer is not None and not 0 <= edit.layer < len(blocks):
+            raise ValueError(f"{edit.what}: there is no layer {edit.layer}, layers are 0..{len(blocks) - 1}")
+        for layer in range(len(blocks)) if edit.layer is None else [edit.layer]:
+            block = blocks[layer]
+            known = gates_of(block)
+            for gate in [edit.gate, edit.other]:
+                if gate in get_args(Gate) and gate not in known:
+                    have = f"its gates: {', '.join(known)}" if known else "it has no gates"
+                    name = type(block).__name__
+                    raise ValueError(f"{edit.what}: layer {layer} ({name}) has no {gate} gate; {have}")
+            n_heads = int(block.n_heads)  # type: ignore[arg-type]
+            for head in edit.heads or ():
+                if not 0 <= head < n_heads:
+                    raise ValueError(f"{edit.what}: there is no head {head}, heads are 0..{n_heads - 1}")
+            if isinstance(block, RecurrentBlock):
+                if edit.other == "tokens":
+                    raise ValueError(
+                        f"{edit.what}: the gates of layer {layer} read the cell's last output, "
+                        "so that they cannot be swapped over tokens"
+                    )
+                zero = edit.action == "zero" or edit.value == 0.0
+                if "n" in block.memory and edit.gate == "write" and zero and edit.tokens is None:
+                    raise ValueError(
+                        f"{edit.what}: sLSTM divides by the sum of its input gates, which would be 0 / 0; "
+                        "give a class of tokens, or freeze it at another value"
+                    )
+
+
+@contextlib.contextmanager
+def hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
+    """Within the context every gate of ``model`` (a model or a block) passes through ``hook``.
+
+    The gates of a matrix memory come in one call over all tokens, its output gate in another; those of a
+    recurrent cell come token by token, for they read its last output. ``trace`` shows the changed gates of
+    matrix memories; of recurrent cells it shows the pre-activations as they were, and the changed memory.
+    """
+    wrapped: list[tuple[nn.Module, str]] = []
+
+    def wrap(owner: nn.Module, name: str, make: Callable[[Any], Any]) -> None:
+        setattr(owner, name, make(getattr(owner, name)))
+        wrapped.append((owner, name))
+
+    try:
+        for layer, block in enumerate(blocks_of(model)):
+            if isinstance(block, MemoryBlock):
+                wrap(block, "inputs", _hook_inputs(layer, hook))
+                wrap(block, "output_gate", _hook_output_gate(layer, hook))
+            elif isinstance(block, RecurrentBlock):
+                wrap(block, "cell", _hook_cell(layer, block, hook))
+            elif isinstance(block, Attention) and block.gate_out is not None:
+                wrap(block.gate_out, "forward", _hook_module(layer, hook))
+        yield
+    finally:
+        for owner, name in reversed(wrapped):
+            delattr(owner, name)  # the method of the class is seen again
+
+
+def _hook_inputs(layer: int, hook: Hook) -> Callable[[Any], Any]:
+    def make(inputs: Callable[[Tensor, State | None], Inputs]) -> Any:
+        def changed(x: Tensor, state: State | None) -> Inputs:
+            into = inputs(x, state)
+            return into._replace(gates=_changed_gates(into.gates, layer, hook))
+
+        return changed
+
+    return make
+
+
+def _hook_output_gate(layer: int, hook: Hook) -> Callable[[Any], Any]:
+    def make(output_gate: Callable[[Tensor, Inputs], Tensor | None]) -> Any:
+        def changed(x: Tensor, into: Inputs) -> Tensor | None:
+            factor = output_gate(x, into)
+            return None if factor is None else hook(layer, {"output": factor}, 0)["output"]
+
+        return changed
+
+    return make
+
+
+def _hook_module(layer: int, hook: Hook) -> Callable[[Any], Any]:
+    def make(forward: Callable[[Tensor], Tensor]) -> Any:
+        return lambda x: hook(layer, {"output": forward(x)}, 0)["output"]
+
+    return make
+
+
+def _memory_gates(gates: GateValues) -> dict[str, Tensor]:
+    """decay (signed), erase and write where they exist, [B,T,H] or [B,T,H,C]."""
+    values = {}
+    if gates.log_decay is not None:
+        decay = gates.log_decay.exp()
+        values["decay"] = decay if gates.decay_sign is None else decay * gates.decay_sign
+    if gates.erase is not None:
+        values["erase"] = gates.erase
+    if gates.write is not None:
+        values["write"] = gates.write
+    return values
+
+
+def _changed_gates(gates: GateValues, layer: int, hook: Hook) -> GateValues:
+    before = {
+        name: value[..., None] if value.dim() == 3 else value for name, value in _memory_gates(gates).items()
+    }
+    after = hook(layer, dict(before), 0)
+    exponential = gates.input_gate is not None and gates.forget_gate is not None
+    changes: dict[str, Tensor] = {}
+    for name, value in after.items():
+        if value is before[name]:
+            continue
+        if value.shape[-1] == 1:
+            value = value[..., 0]
+        if name == "decay":
+            changes["log_decay"] = value.abs().log()
+            if gates.decay_sign is not None or bool((value < 0).any()):
+                changes["decay_sign"] = torch.where(value < 0, -1.0, 1.0).to(value.dtype)
+            if exponential:
+                changes["forget_gate"] = _logit(value)
+        else:
+            changes[name] = value
+            if exponential and name == "write":
+                changes["input_gate"] = value.log().clamp_min(-_LOGIT)
+    return gates._replace(**changes)
+
+
+def _hook_cell(layer: int, block: RecurrentBlock, hook: Hook) -> Callable[[Any], Any]:
+    exponential = "n" in block.memory  # sLSTM's input gate is an exponential, LSTM's a sigmoid
+
+    def make(cell: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> Any:
+        def changed(gates: Tensor, memory: tuple[Tensor, ...] | None) -> Any:
+            if memory is None:
+                state = block.initial_state(gates.shape[0], device=gates.device, dtype=gates.dtype)
+                memory = tuple(state[name] for name in block.memory)
+            outputs = []
+            for t in range(gates.shape[1]):
+                back = torch.einsum("bhk,ghkl->bghl", memory[0].to(gates.dtype), block.recurrent)
+                i, f, z, o = (gates[:, t] + back).unbind(1)
+                before = {
+                    "write": i.exp() if exponential else torch.sigmoid(i),
+                    "decay": torch.sigmoid(f),
+                    "output": torch.sigmoid(o),
+                }
+                before = {name: value[:, None] for name, value in before.items()}
+                after = hook(layer, dict(before), t)
+                if after["write"] is not before["write"]:
+                    write = after["write"][:, 0]
+                    i = write.log().clamp_min(-_LOGIT) if exponential else _logit(write)
+                if after["decay"] is not before["decay"]:
+                    f = _logit(after["decay"][:, 0])
+                if after["output"] is not before["output"]:
+                    o = _logit(after["output"][:, 0])
+                # the cell adds what it reads back
+                h, memory = cell((torch.stack([i, f, z, o], 1) - back)[:, None], memory)
+                outputs.append(h)
+            return torch.cat(outputs, 1), memory
+
+        return changed
+
+    return make
+
+
+def _logit(value: Tensor) -> Tensor:
+    """The inverse of the sigmoid, within +-80."""
+    if bool(((value < 0) | (value > 1)).any()):
+        raise ValueError("a gate that is a sigmoid cannot leave [0, 1]")
+    return torch.logit(value.double()).clamp(-_LOGIT, _LOGIT).to(value.dtype)
+
+
+def editor(edits: Sequence[Edit], classes: Mapping[str, Tensor], *, seed: int = 0) -> Hook:
+    """The hook that makes the edits, one after the other.
+
+    Args:
+        edits: prepared where they freeze at a mean.
+        classes: class of tokens -> bool [B,T] of the batch that the model is given.
+        seed: of swaps over tokens.
+    """
+    for edit in edits:
+        if edit.tokens is not None and edit.tokens not in classes:
+            known = ", ".join(classes) or "none"
+            raise ValueError(f"{edit.what}: there is no class of tokens {edit.tokens!r}; classes: {known}")
+
+    def hook(layer: int, values: dict[str, Tensor], start: int) -> dict[str, Tensor]:
+        for edit in edits:
+            if edit.gate not in values or edit.layer not in (None, layer):
+                continue
+            old = values[edit.gate]
+            where = _places(edit, old, classes, start)
+            if edit.other in values:
+                other = values[edit.other]
+                values[edit.gate] = torch.where(where, other.to(old.dtype), old)
+                values[edit.other] = torch.where(where, old.to(other.dtype), other)
+            else:
+                values[edit.gate] = torch.where(where, _new_value(edit, layer, old, where, seed), old)
+        return values
+
+    return hook
+
+
+def _places(edit: Edit, value: Tensor, classes: Mapping[str, Tensor], start: int) -> Tensor:
+    """bool [B,T,H,1]: where an edit applies."""
+    B, T, H, _ = value.shape
+    heads = torch.zeros(H, dtype=torch.bool, device=value.device)
+    heads[list(range(H) if edit.heads is None else edit.heads)] = True
+    where = heads[None, None, :, None].expand(B, T, H, 1)
+    if edit.tokens is None:
+        return where
+    mask = classes[edit.tokens].to(value.device)[:, start : start + T]
+    if mask.shape != (B, T):
+        raise ValueError(f"class {edit.tokens!r} is {tuple(mask.shape)}, the model reads {(B, T)}")
+    return where & mask[:, :, None, None]
+
+
+def _new_value(edit: Edit, layer: int, old: Tensor, where: Tensor, seed: int) -> Tensor:
+    if edit.action == "zero":
+        return torch.zeros_like(old)
+    if edit.action == "clamp":
+        return old.clamp(edit.low, edit.high)
+    if edit.action == "freeze":
+        if edit.value is not None:
+            return torch.full_like(old, edit.value)
+        if edit.means is None:
+            raise ValueError(f"{edit.what}: give the edit to prepare() first, which measures the mean")
+        return edit.means[layer].to(old).expand_as(old)
+    if edit.other == "heads":
+        chosen = list(range(old.shape[2]) if edit.heads is None else edit.heads)
+        source = list(range(old.shape[2]))
+        for head, following in zip(chosen, [*chosen[1:], chosen[0]], strict=True):
+            source[head] = following
+        return old[:, :, source]
+    return old.gather(1, _shuffled(where[..., 0].any(-1), seed)[:, :, None, None].expand_as(old))
+
+
+def _shuffled(chosen: Tensor, seed: int) -> Tensor:
+    """int64 [B,T]: for each chosen token another chosen one of its sequence; all others stay."""
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.arange(chosen.shape[1]).repeat(len(chosen), 1)
+    for row, mask in zip(source, chosen.cpu(), strict=True):
+        places = mask.nonzero()[:, 0]
+        row[places] = places[torch.randperm(len(places), generator=generator)]
+    return source.to(chosen.device)
+
+
+@torch.no_grad()
+def prepare(
+    model: nn.Module, edits: Sequence[Edit], tokens: Tensor, classes: Mapping[str, Tensor]
+) -> list[Edit]:
+    """Check the edits and measure the means that they freeze gates at.
+
+    Args:
+        model: a model (or a block, then ``tokens`` is its input [B,T,D]).
+        edits: any.
+        tokens: [B,T], other data than the effect is measured on.
+        classes: class of tokens -> bool [B,T] of these tokens.
+
+    Raises:
+        ValueError: as :func:`check`; no token of a class.
+    """
+    check(model, edits)
+    wanting = [edit for edit in edits if edit.action == "freeze" and edit.value is None]
+    if not wanting:
+        return list(edits)
+    totals: dict[tuple[int, str, str | None], Tensor] = {}
+    counts: dict[tuple[int, str, str | None], float] = {}
+
+    def record(layer: int, values: dict[str, Tensor], start: int) -> dict[str, Tensor]:
+        for gate, name in {(edit.gate, edit.tokens) for edit in wanting}:
+            if gate not in values:
+                continue
+            value = values[gate].double()
+            weight = torch.ones(value.shape[:2], dtype=torch.float64)
+            if name is not None:
+                weight = classes[name][:, start : start + value.shape[1]].double()
+            key = (layer, gate, name)
+            total = (value * weight.to(value.device)[:, :, None, None]).sum((0, 1))
+            totals[key] = totals[key] + total if key in totals else total
+            counts[key] = counts.get(key, 0.0) + float(weight.sum())
+        return values
+
+    with hooked(model, record):
+        model(tokens)
+    for (layer, gate, name), count in counts.items():
+        if count == 0:
+            raise ValueError(f"no token of class {name!r} to take the mean {gate} of layer {layer} from")
+    return [
+        dataclasses.replace(
+            edit,
+            means={
+                layer: total / counts[layer, gate, name]
+                for (layer, gate, name), total in totals.items()
+                if (gate, name) == (edit.gate, edit.tokens)
+            },
+        )
+        if edit in wanting
+        else edit
+        for edit in edits
+    ]

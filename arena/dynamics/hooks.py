@@ -1,0 +1,190 @@
+"""Every gate of a model passes through a function: the blocks know nothing of it.
+
+Methods are wrapped on the instances, and restored when the context ends, so that training never meets them.
+
+Axes: B batch, T tokens, H heads, C channels of a gate (1, or the head's K or V).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from arena.blocks.attention import Attention
+from arena.blocks.base import Block, State
+from arena.blocks.gates import GateValues
+from arena.blocks.matrix import Inputs, MemoryBlock
+from arena.blocks.recurrent import RecurrentBlock
+from arena.model import Model
+
+Hook = Callable[[int, dict[str, Tensor], int], dict[str, Tensor]]
+"""(layer, gate values by name, each [B,T,H,C], position of the first token) -> values to use instead.
+
+Names and values are those of the trace vocabulary: ``decay`` (signed), ``erase``, ``write`` (in mLSTM, sLSTM
+and LSTM the value of the input gate), ``output``."""
+
+_LOGIT = 80.0
+"""Pre-activation that stands for a gate of exactly 0 or 1: exp(-80) is 2e-35."""
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """The blocks of a model, first layer first; a block is a stack of one."""
+    return [model] if isinstance(model, Block) else list(cast(Model, model).blocks)
+
+
+@torch.no_grad()
+def gates_of(block: Block) -> list[str]:
+    """Which gates of that meaning a block has."""
+    x = next(block.parameters()).new_zeros(1, 1, block.d_model)
+    if isinstance(block, MemoryBlock):
+        into = block.inputs(x, None)
+        names = list(_memory_gates(into.gates))
+        return [*names, "output"] if block.output_gate(x, into) is not None else names
+    if isinstance(block, RecurrentBlock):
+        return ["decay", "write", "output"]
+    if isinstance(block, Attention) and block.gate_out is not None:
+        return ["output"]
+    return []
+
+
+@contextlib.contextmanager
+def hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
+    """Within the context every gate of ``model`` (a model or a block) passes through ``hook``.
+
+    The gates of a matrix memory come in one call over all tokens, its output gate in another; those of a
+    recurrent cell come token by token, for they read its last output. ``trace`` shows the changed gates of
+    matrix memories; of recurrent cells it shows the pre-activations as they were, and the changed memory.
+    """
+    wrapped: list[tuple[nn.Module, str]] = []
+
+    def wrap(owner: nn.Module, name: str, make: Callable[[Any], Any]) -> None:
+        setattr(owner, name, make(getattr(owner, name)))
+        wrapped.append((owner, name))
+
+    try:
+        for layer, block in enumerate(blocks_of(model)):
+            if isinstance(block, MemoryBlock):
+                wrap(block, "inputs", _hook_inputs(layer, hook))
+                wrap(block, "output_gate", _hook_output_gate(layer, hook))
+            elif isinstance(block, RecurrentBlock):
+                wrap(block, "cell", _hook_cell(layer, block, hook))
+            elif isinstance(block, Attention) and block.gate_out is not None:
+                wrap(block.gate_out, "forward", _hook_module(layer, hook))
+        yield
+    finally:
+        for owner, name in reversed(wrapped):
+            delattr(owner, name)  # the method of the class is seen again
+
+
+def _hook_inputs(layer: int, hook: Hook) -> Callable[[Any], Any]:
+    def make(inputs: Callable[[Tensor, State | None], Inputs]) -> Any:
+        def changed(x: Tensor, state: State | None) -> Inputs:
+            into = inputs(x, state)
+            return into._replace(gates=_changed_gates(into.gates, layer, hook))
+
+        return changed
+
+    return make
+
+
+def _hook_output_gate(layer: int, hook: Hook) -> Callable[[Any], Any]:
+    def make(output_gate: Callable[[Tensor, Inputs], Tensor | None]) -> Any:
+        def changed(x: Tensor, into: Inputs) -> Tensor | None:
+            factor = output_gate(x, into)
+            return None if factor is None else hook(layer, {"output": factor}, 0)["output"]
+
+        return changed
+
+    return make
+
+
+def _hook_module(layer: int, hook: Hook) -> Callable[[Any], Any]:
+    def make(forward: Callable[[Tensor], Tensor]) -> Any:
+        return lambda x: hook(layer, {"output": forward(x)}, 0)["output"]
+
+    return make
+
+
+def _memory_gates(gates: GateValues) -> dict[str, Tensor]:
+    """Decay (signed), erase and write where they exist, [B,T,H] or [B,T,H,C]."""
+    values = {}
+    if gates.log_decay is not None:
+        decay = gates.log_decay.exp()
+        values["decay"] = decay if gates.decay_sign is None else decay * gates.decay_sign
+    if gates.erase is not None:
+        values["erase"] = gates.erase
+    if gates.write is not None:
+        values["write"] = gates.write
+    return values
+
+
+def _changed_gates(gates: GateValues, layer: int, hook: Hook) -> GateValues:
+    before = {
+        name: value[..., None] if value.dim() == 3 else value for name, value in _memory_gates(gates).items()
+    }
+    after = hook(layer, dict(before), 0)
+    exponential = gates.input_gate is not None and gates.forget_gate is not None
+    changes: dict[str, Tensor] = {}
+    for name, value in after.items():
+        if value is before[name]:
+            continue
+        if value.shape[-1] == 1:
+            value = value[..., 0]
+        if name == "decay":
+            changes["log_decay"] = value.abs().log()
+            if gates.decay_sign is not None or bool((value < 0).any()):
+                changes["decay_sign"] = torch.where(value < 0, -1.0, 1.0).to(value.dtype)
+            if exponential:
+                changes["forget_gate"] = _logit(value)
+        else:
+            changes[name] = value
+            if exponential and name == "write":
+                changes["input_gate"] = value.log().clamp_min(-_LOGIT)
+    return gates._replace(**changes)
+
+
+def _hook_cell(layer: int, block: RecurrentBlock, hook: Hook) -> Callable[[Any], Any]:
+    exponential = "n" in block.memory  # sLSTM's input gate is an exponential, LSTM's a sigmoid
+
+    def make(cell: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> Any:
+        def changed(gates: Tensor, memory: tuple[Tensor, ...] | None) -> Any:
+            if memory is None:
+                state = block.initial_state(gates.shape[0], device=gates.device, dtype=gates.dtype)
+                memory = tuple(state[name] for name in block.memory)
+            outputs = []
+            for t in range(gates.shape[1]):
+                back = torch.einsum("bhk,ghkl->bghl", memory[0].to(gates.dtype), block.recurrent)
+                i, f, z, o = (gates[:, t] + back).unbind(1)
+                before = {
+                    "write": i.exp() if exponential else torch.sigmoid(i),
+                    "decay": torch.sigmoid(f),
+                    "output": torch.sigmoid(o),
+                }
+                before = {name: value[:, None] for name, value in before.items()}
+                after = hook(layer, dict(before), t)
+                if after["write"] is not before["write"]:
+                    write = after["write"][:, 0]
+                    i = write.log().clamp_min(-_LOGIT) if exponential else _logit(write)
+                if after["decay"] is not before["decay"]:
+                    f = _logit(after["decay"][:, 0])
+                if after["output"] is not before["output"]:
+                    o = _logit(after["output"][:, 0])
+                # the cell adds what it reads back
+                h, memory = cell((torch.stack([i, f, z, o], 1) - back)[:, None], memory)
+                outputs.append(h)
+            return torch.cat(outputs, 1), memory
+
+        return changed
+
+    return make
+
+
+def _logit(value: Tensor) -> Tensor:
+    """The inverse of the sigmoid, within +-80."""
+    if bool(((value < 0) | (value > 1)).any()):
+        raise ValueError("a gate that is a sigmoid cannot leave [0, 1]")
+    return torch.logit(value.double()).clamp(-_LOGIT, _LOGIT).to(value.dtype)

@@ -19,8 +19,10 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from arena.dynamics.hooks import blocks_of, gates_of, hooked
+import synthetic_tasks
+from arena.dynamics.hooks import gates_of, hooked
 from arena.dynamics.intervene import Edit, check, edited, prepare
+from arena.dynamics.record import blocks_of, record
 from arena.statistics import MIN_UNITS, clopper_pearson
 
 IGNORED = -100
@@ -47,8 +49,9 @@ EFFECT_COLUMNS: dict[str, tuple[Any, str]] = {
     "change": (pl.String, "what is done to it"),
     "role": (
         pl.String,
-        "all heads; one head; the identified heads (least eigenvalue near -1 where the answer moves); control: as "
-        "many other heads, the mean over all such sets; contrast: identified less control; chosen: by the user",
+        "all heads; one head; the identified heads (least eigenvalue near -1 where the answer moves); "
+        "control: as many other heads, the mean over such sets; contrast: identified less control; "
+        "chosen: by the user",
     ),
     "heads": (pl.String, "layer.head of the changed heads, or how many sets of control heads"),
     "n_heads": (pl.Int64, "number of changed heads"),
@@ -97,8 +100,10 @@ def sequence_accuracy(
     return torch.cat(found).numpy()
 
 
-def mean_interval(values: np.ndarray, *, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
-    """Interval of the mean of values in [-1, 1] over independent units; None below 10 units.
+def mean_interval(
+    values: np.ndarray, *, least: float, level: float = 0.95, seed: int = 0
+) -> tuple[float, float] | None:
+    """Interval of the mean of values in [least, 1] over independent units; None below 10 units.
 
     The percentile bootstrap over units. Where all units agree it has no width, which would claim too much:
     then the mean of others can differ from the common value c by no more than the Clopper-Pearson bound on
@@ -110,7 +115,7 @@ def mean_interval(values: np.ndarray, *, level: float = 0.95, seed: int = 0) -> 
     if np.ptp(values) == 0:
         share = clopper_pearson(0, len(values), level)[1]
         common = float(values[0])
-        return max(-1.0, common - share * (1 + common)), min(1.0, common + share * (1 - common))
+        return common - share * (common - least), common + share * (1 - common)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=REPLICATES)
     means = counts @ values / len(values)
@@ -136,3 +141,245 @@ def least_eigenvalue(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
         return torch.minimum(edit, decay[..., 0]) if K > 1 else edit
     transition = torch.eye(K, dtype=k.dtype) - k[..., :, None] * (erase * k)[..., None, :]
     return torch.linalg.eigvals(transition * decay[..., None, :]).real.amin(-1)
+
+
+def token_classes(task: Any, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Classes of tokens that an intervention can be confined to, each bool [B,T].
+
+    ``content``, ``query``, ``distractor`` and ``scored``: the roles of ``synthetic_tasks.roles``; and, for a
+    task that can be asked at every position, ``moves``, where the running answer changes, and ``stays``.
+    """
+    role = synthetic_tasks.roles(task, tokens, targets)
+    classes = {name: role == index for index, name in enumerate(synthetic_tasks.ROLES)}
+    running = running_answers(task, tokens)
+    if running is not None:
+        before = torch.nn.functional.pad(running[:, :-1], (1, 0))  # class 0 is the identity, or even
+        classes |= {"moves": running != before, "stays": running == before}
+    return classes
+
+
+def running_answers(task: Any, tokens: Tensor) -> Tensor | None:
+    """The state of a task's automaton after every position, int64 [B,T], -100 inside an element of several
+    tokens; None for tasks that cannot be asked at every position.
+    """
+    if not hasattr(task, "supervision") or tokens.dim() != 2:
+        return None
+    return dataclasses.replace(task, supervision="running").solve(tokens)
+
+
+def head_eigenvalues(model: nn.Module, tokens: Tensor, classes: Mapping[str, Tensor]) -> pl.DataFrame:
+    """Least eigenvalue of each matrix memory's transition, mean over the tokens of each class.
+
+    Returns:
+        layer, head, tokens (the class), least_eigenvalue (its mean), n_tokens. Classes without a token and
+        blocks without a matrix memory are left out.
+    """
+    rows = []
+    (chunk,) = record(model, tokens, chunk=tokens.shape[1])
+    for layer, trace in enumerate(chunk.traces):
+        if not {"k", "decay", "erase"} <= trace.keys():
+            continue
+        least = least_eigenvalue(trace["k"], trace["decay"], trace["erase"])
+        for name, mask in classes.items():
+            if mask.any():
+                means = least[mask].double().mean(0).tolist()
+                rows += [
+                    {"layer": layer, "head": head, "tokens": name, "least_eigenvalue": mean}
+                    | {"n_tokens": int(mask.sum())}
+                    for head, mean in enumerate(means)
+                ]
+    schema = {
+        "layer": pl.Int64,
+        "head": pl.Int64,
+        "tokens": pl.String,
+        "least_eigenvalue": pl.Float64,
+        "n_tokens": pl.Int64,
+    }
+    return pl.DataFrame(rows, schema=schema)
+
+
+def flipping_heads(eigenvalues: pl.DataFrame) -> list[tuple[int, int]]:
+    """(layer, head) of the heads whose memory is reflected where the answer moves; see
+    :data:`NEAR_MINUS_ONE`.
+    """
+    found = eigenvalues.filter(pl.col("tokens") == "moves", pl.col("least_eigenvalue") <= NEAR_MINUS_ONE)
+    return sorted(found.select("layer", "head").iter_rows())
+
+
+def standard_interventions(
+    model: nn.Module, tokens: Tensor, classes: Mapping[str, Tensor]
+) -> list[Intervention]:
+    """Which gate matters where: the interventions that are made where none are asked for.
+
+    - every gate frozen at its mean, in all heads and in each head alone: what the gate's dependence on the
+      token is worth;
+    - erase set to zero in all heads;
+    - where some erase exceeds 1, erase clamped to [0, 1]: in all heads, in each, in the heads that flip, and
+      in as many of the others (:data:`MOST_CONTROLS` sets at most; all others, where they are fewer).
+
+    Args:
+        model: a model.
+        tokens: [B,T], on which gates and eigenvalues are looked at; not those of the effects.
+        classes: of these tokens.
+    """
+    blocks = blocks_of(model)
+    gates = {layer: gates_of(block) for layer, block in enumerate(blocks)}
+    places = [(layer, head) for layer, block in enumerate(blocks) for head in range(int(block.n_heads))]  # type: ignore[arg-type]
+    found: list[Intervention] = []
+
+    def add(places: Sequence[tuple[int, int]], role: str, gate: str, action: Any, **fields: Any) -> None:
+        layers = {layer: tuple(head for at, head in places if at == layer) for layer, _ in places}
+        edits = [
+            Edit(gate=gate, action=action, layer=layer, heads=heads, **fields)
+            for layer, heads in layers.items()
+            if gate in gates[layer]
+        ]
+        if edits:
+            found.append(Intervention(edits=tuple(edits), role=role))
+
+    for gate in ("decay", "erase", "write", "output"):
+        add(places, "all", gate, "freeze")
+        for place in places:
+            add([place], "head", gate, "freeze")
+    add(places, "all", "erase", "zero")
+    if _largest(model, tokens, "erase") > 1:
+        clamp: Any = {"gate": "erase", "action": "clamp", "low": 0.0, "high": 1.0}
+        add(places, "all", **clamp)
+        for place in places:
+            add([place], "head", **clamp)
+        flipping = flipping_heads(head_eigenvalues(model, tokens, classes))
+        if flipping:
+            add(flipping, "identified", **clamp)
+            others = [
+                (at, head) for at, head in places if (at, head) not in flipping and "erase" in gates[at]
+            ]
+            for chosen in _control_sets(others, len(flipping)):
+                add(chosen, "control", **clamp)
+    return found
+
+
+def _control_sets(others: list[tuple[int, int]], size: int) -> list[tuple[tuple[int, int], ...]]:
+    if not others:
+        return []
+    sets = list(itertools.combinations(others, min(size, len(others))))
+    if len(sets) > MOST_CONTROLS:
+        rng = np.random.default_rng(0)
+        sets = [sets[index] for index in sorted(rng.choice(len(sets), MOST_CONTROLS, replace=False))]
+    return sets
+
+
+@torch.no_grad()
+def _largest(model: nn.Module, tokens: Tensor, gate: str) -> float:
+    largest = [-np.inf]
+
+    def look(layer: int, values: dict[str, Tensor], start: int) -> dict[str, Tensor]:
+        if gate in values:
+            largest[0] = max(largest[0], float(values[gate].max()))
+        return values
+
+    with hooked(model, look):
+        model(tokens)
+    return largest[0]
+
+
+def measure_effects(
+    model: nn.Module,
+    task: Any,
+    length: int,
+    *,
+    interventions: Sequence[Intervention] | None = None,
+    n_sequences: int = 256,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """The effect of interventions on a model's accuracy at a task.
+
+    Heads are identified and means measured on the split valid, effects on the split test.
+
+    Args:
+        model: a trained model of the task.
+        task: from ``synthetic_tasks``.
+        length: of the sequences.
+        interventions: None: :func:`standard_interventions`.
+        n_sequences: on which effects are measured; a quarter of it to look at gates beforehand.
+        seed: of the sequences.
+
+    Returns:
+        A row an intervention; columns as in :data:`EFFECT_COLUMNS`. Sets of control heads share a row, and
+        where heads were identified and controls exist, a row ``contrast`` has the difference of the two.
+
+    Raises:
+        ValueError: the model cannot take an edit, or the task has no such class of tokens.
+    """
+    look = task.sample(max(n_sequences // 4, 16), length, seed=seed, split="valid")
+    seen = token_classes(task, look.tokens, look.targets)
+    if interventions is None:
+        interventions = standard_interventions(model, look.tokens, seen)
+    for intervention in interventions:
+        check(model, intervention.edits)
+    batch = task.sample(n_sequences, length, seed=seed, split="test")
+    classes = token_classes(task, batch.tokens, batch.targets)
+    before = sequence_accuracy(model, batch.tokens, batch.targets)
+    kept = ~np.isnan(before)
+    before = before[kept]
+    rows: list[dict[str, Any]] = []
+    controls: dict[str, list[tuple[Intervention, np.ndarray]]] = {}
+    identified: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
+    for intervention in interventions:
+        edits = prepare(model, intervention.edits, look.tokens, seen)
+        after = sequence_accuracy(model, batch.tokens, batch.targets, edits, classes)[kept]
+        what = edits[0].what
+        if intervention.role == "control":
+            controls.setdefault(what, []).append((intervention, after))
+            continue
+        rows.append(_row(intervention, after, before, task.chance(length)))
+        if intervention.role == "identified":
+            identified[what] = rows[-1], after
+    for what, members in controls.items():
+        mean = np.mean([after for _, after in members], axis=0)
+        row = _row(members[0][0], mean, before, task.chance(length))
+        count = len(members)
+        row["heads"] = f"{count} sets" if count > 1 else row["heads"]
+        row["worst"] = min(float((after - before).mean()) for _, after in members)
+        rows.append(row)
+        if what in identified:
+            claimed, after = identified[what]
+            difference = after - mean
+            interval = mean_interval(difference, least=-1) or (None, None)
+            rows.append(
+                {**claimed, "role": "contrast", "effect": float(difference.mean())}
+                | {"low": interval[0], "high": interval[1]}
+                | dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high"))
+            )
+    return pl.DataFrame(rows, schema={name: kind for name, (kind, _) in EFFECT_COLUMNS.items()})
+
+
+def _row(intervention: Intervention, after: np.ndarray, before: np.ndarray, chance: float) -> dict[str, Any]:
+    edits = intervention.edits
+    named = [f"{edit.layer}.{head}" for edit in edits for head in edit.heads or () if edit.layer is not None]
+    heads = " ".join(named)
+    if intervention.role in ("all", "chosen") and not named:
+        of_layer = "all" if edits[0].layer is None else f"all of layer {edits[0].layer}"
+        chosen = edits[0].heads
+        heads = of_layer if chosen is None else " ".join(map(str, chosen)) + " of every layer"
+    if intervention.role == "all":
+        heads = "all"
+    accuracy = mean_interval(after, least=0) or (None, None)
+    effect = mean_interval(after - before, least=-1) or (None, None)
+    return {
+        "gate": edits[0].gate,
+        "change": edits[0].what,
+        "role": intervention.role,
+        "heads": heads,
+        "n_heads": len(named) or None,
+        "tokens": edits[0].tokens or "all",
+        "accuracy": float(after.mean()),
+        "accuracy_low": accuracy[0],
+        "accuracy_high": accuracy[1],
+        "baseline": float(before.mean()),
+        "chance": chance,
+        "effect": float((after - before).mean()),
+        "low": effect[0],
+        "high": effect[1],
+        "worst": None,
+        "n_sequences": len(after),
+    }

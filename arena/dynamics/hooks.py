@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from arena.blocks.base import Block, State
 from arena.blocks.gates import GateValues
 from arena.blocks.matrix import Inputs, MemoryBlock
 from arena.blocks.recurrent import RecurrentBlock
-from arena.model import Model
+from arena.dynamics.record import blocks_of
 
 Hook = Callable[[int, dict[str, Tensor], int], dict[str, Tensor]]
 """(layer, gate values by name, each [B,T,H,C], position of the first token) -> values to use instead.
@@ -29,11 +29,6 @@ and LSTM the value of the input gate), ``output``."""
 
 _LOGIT = 80.0
 """Pre-activation that stands for a gate of exactly 0 or 1: exp(-80) is 2e-35."""
-
-
-def blocks_of(model: nn.Module) -> list[Block]:
-    """The blocks of a model, first layer first; a block is a stack of one."""
-    return [model] if isinstance(model, Block) else list(cast(Model, model).blocks)
 
 
 @torch.no_grad()
@@ -132,19 +127,28 @@ def _changed_gates(gates: GateValues, layer: int, hook: Hook) -> GateValues:
     for name, value in after.items():
         if value is before[name]:
             continue
+        same = value == before[name]
         if value.shape[-1] == 1:
-            value = value[..., 0]
+            value, same = value[..., 0], same[..., 0]
         if name == "decay":
-            changes["log_decay"] = value.abs().log()
+            changes["log_decay"] = _kept(same, gates.log_decay, value.abs().log())
             if gates.decay_sign is not None or bool((value < 0).any()):
                 changes["decay_sign"] = torch.where(value < 0, -1.0, 1.0).to(value.dtype)
             if exponential:
-                changes["forget_gate"] = _logit(value)
+                changes["forget_gate"] = _kept(same, gates.forget_gate, _logit(value))
         else:
             changes[name] = value
             if exponential and name == "write":
-                changes["input_gate"] = value.log().clamp_min(-_LOGIT)
+                changes["input_gate"] = _kept(same, gates.input_gate, value.log().clamp_min(-_LOGIT))
     return gates._replace(**changes)
+
+
+def _kept(same: Tensor, old: Tensor | None, new: Tensor) -> Tensor:
+    """``old`` where the gate has its old value: there and back through exp and log it would lose bits."""
+    assert old is not None
+    if old.dim() < new.dim():
+        old = old[..., None]
+    return torch.where(same, old.to(new.dtype), new)
 
 
 def _hook_cell(layer: int, block: RecurrentBlock, hook: Hook) -> Callable[[Any], Any]:
@@ -166,13 +170,15 @@ def _hook_cell(layer: int, block: RecurrentBlock, hook: Hook) -> Callable[[Any],
                 }
                 before = {name: value[:, None] for name, value in before.items()}
                 after = hook(layer, dict(before), t)
-                if after["write"] is not before["write"]:
+                same = {name: (after[name] == before[name])[:, 0] for name in after}
+                if not same["write"].all():
                     write = after["write"][:, 0]
-                    i = write.log().clamp_min(-_LOGIT) if exponential else _logit(write)
-                if after["decay"] is not before["decay"]:
-                    f = _logit(after["decay"][:, 0])
-                if after["output"] is not before["output"]:
-                    o = _logit(after["output"][:, 0])
+                    new = write.log().clamp_min(-_LOGIT) if exponential else _logit(write)
+                    i = _kept(same["write"], i, new)
+                if not same["decay"].all():
+                    f = _kept(same["decay"], f, _logit(after["decay"][:, 0]))
+                if not same["output"].all():
+                    o = _kept(same["output"], o, _logit(after["output"][:, 0]))
                 # the cell adds what it reads back
                 h, memory = cell((torch.stack([i, f, z, o], 1) - back)[:, None], memory)
                 outputs.append(h)

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from arena.blocks.recurrent import RecurrentBlock
-from arena.dynamics.hooks import Hook, blocks_of, gates_of, hooked
+from arena.dynamics.hooks import Hook, gates_of, hooked
+from arena.dynamics.record import blocks_of
 
 Gate = Literal["decay", "erase", "write", "output"]
 Action = Literal["zero", "freeze", "clamp", "swap"]

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backends import asked_for, override, resolve_backend
+from kernels.external import nxai
 from kernels.gated_memory.operator import gated_memory
 
 EPS = 1e-6
@@ -41,7 +43,8 @@ def mlstm(
         input_gate: Pre-activation i, [B,T,H]; -inf means that nothing is written.
         forget_gate: Pre-activation f, [B,T,H].
         initial_state: (C [B,H,K,V], n [B,H,K], m [B,H]), as returned.
-        backend: As for :func:`kernels.gated_memory`.
+        backend: As for :func:`kernels.gated_memory`, which does the work; or ``"mlstm_kernels"``, NX-AI's
+            package, where it is installed.
 
     Returns:
         h [B,T,H,V] in the dtype of v, and the state (C, n, m) after the last token in float32 (float64 for
@@ -65,6 +68,13 @@ def mlstm(
 
     i, log_f = input_gate.to(dtype), F.logsigmoid(forget_gate.to(dtype))
     m = _stabiliser(i, log_f, m_0)
+    wanted = asked_for("mlstm", backend)
+    if wanted == "mlstm_kernels":
+        others = {"mlstm_kernels": lambda: nxai.refusal(q, v, initial_state)}
+        if resolve_backend("mlstm", backend, ("gated_memory",), others=others) == "mlstm_kernels":
+            return nxai.mlstm_nxai(q, k, v, input_gate, forget_gate, initial_state, m[:, -1])
+    elif "mlstm" in override():
+        backend = wanted
     # Any m gives the same h, so its gradient is dropped where it would only cancel: it is kept for the
     # initial m (which says how large the initial state is), beside EPS, and in the returned state.
     fixed_m = m.detach()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.backends import resolve_backend, triton_refusal
+from kernels.external import fla, mamba
 from kernels.gated_memory.chunked import gated_memory_chunked
 from kernels.gated_memory.reference import gated_memory_reference
 
@@ -45,8 +46,9 @@ def gated_memory(
         decay_sign: +1 or -1, shaped like ``log_decay``: decays may be negative.
         scale: Factor on q; None: K ** -0.5.
         initial_state: [B,H,K,V]; None: zeros.
-        backend: ``"reference"`` (token loop), ``"chunked"`` (torch), ``"triton"`` (GPU), or
-            ``"auto"``: chunked, unless the environment variable ARENA_BACKEND names another.
+        backend: ``"reference"`` (token loop), ``"chunked"`` (torch), ``"triton"`` (GPU), the packages
+            ``"fla"`` and ``"mamba_ssm"`` for the gate settings that they cover, or ``"auto"``: what
+            ARENA_BACKEND names, else the table of :mod:`kernels.backends`, else chunked.
 
     Returns:
         Outputs [B,T,H,V] in the dtype of v, and the state after the last token [B,H,K,V] in float32 (float64
@@ -56,7 +58,11 @@ def gated_memory(
         ValueError: If a shape, dtype or backend is wrong; the message says what would be right.
     """
     _check(q, k, v, log_decay, erase, write, decay_sign, initial_state)
-    others = {"triton": lambda: _kernel_refusal(k, v) or triton_refusal(k)}
+    others = {
+        "triton": lambda: _kernel_refusal(k, v) or triton_refusal(k),
+        "fla": lambda: fla.refusal(k, v, log_decay, erase, write, decay_sign),
+        "mamba_ssm": lambda: mamba.refusal(k, log_decay, erase, decay_sign),
+    }
     name = resolve_backend("gated_memory", backend, ("chunked", "reference"), x=k, others=others)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, log_decay, erase, write, decay_sign, scale, initial_state)
@@ -64,6 +70,14 @@ def gated_memory(
         from kernels.gated_memory.triton import gated_memory_triton
 
         return gated_memory_triton(*arguments)
+    if name in ("fla", "mamba_ssm"):
+        start = None if initial_state is None else initial_state.float()
+        if name == "fla":
+            o, state = fla.gated_memory_fla(q, k, v, log_decay, erase, write, scale, start)
+        else:
+            assert log_decay is not None
+            o, state = mamba.gated_memory_mamba(q, k, v, log_decay, write, scale, start)
+        return o.to(v.dtype), state
     o, state = (gated_memory_reference if name == "reference" else gated_memory_chunked)(*arguments)
     return o.to(v.dtype), state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.backends import resolve_backend, triton_refusal
+from kernels.external import fla
 from kernels.short_conv.dynamic import dynamic_short_conv
 from kernels.short_conv.fused import short_conv_fused
 from kernels.short_conv.packing import last_rows_packed, packing_of, places, with_state
@@ -39,7 +40,8 @@ def short_conv(
         cu_seqlens: [S+1] integers from 0 to T: x [1,T,D] holds S sequences one behind the other (empty ones
             too), each starting afresh at its limit; states are then [S,W-1,D]. None: one sequence a row.
         backend: ``"fused"`` (torch, hand-derived gradient), ``"triton"`` (GPU; width up to 8, not fp64),
-            ``"reference"`` (token loop) or ``"auto"``: fused, unless ARENA_BACKEND names another.
+            ``"fla"`` (flash-linear-attention, where it is installed), ``"reference"`` (token loop) or
+            ``"auto"``: what ARENA_BACKEND names, else the table of :mod:`kernels.backends`, else fused.
 
     Returns:
         y [B,T,D] and the state [B,W-1,D] that continues the sequence, both of x's type.
@@ -59,7 +61,10 @@ def short_conv(
     rows = (x.shape[0] if packing is None else len(packing.starts), W - 1, x.shape[2])
     if initial_state is not None and initial_state.shape != rows:
         raise ValueError(f"initial_state must be [B,W-1,D] = {list(rows)}, got {tuple(initial_state.shape)}")
-    others = {"triton": lambda: kernel_refusal(x, W) or triton_refusal(x)}
+    others = {
+        "triton": lambda: kernel_refusal(x, W) or triton_refusal(x),
+        "fla": lambda: "has no packed sequences here" if packing is not None else fla.conv_refusal(x),
+    }
     name = resolve_backend("short_conv", backend, ("fused", "reference"), x=x, others=others)
     if packing is None:
         end = last_rows(x, initial_state, W - 1)
@@ -69,6 +74,8 @@ def short_conv(
         from kernels.short_conv.triton_static import short_conv_triton
 
         return short_conv_triton(x, weight, bias, activation, residual, initial_state, packing), end
+    if name == "fla":
+        return fla.short_conv_fla(x, weight, bias, activation, residual, initial_state), end
     run = short_conv_reference if name == "reference" else short_conv_fused
     if packing is None:
         return run(x, weight, bias, activation, residual, initial_state), end

@@ -22,6 +22,8 @@ class Writes(NamedTuple):
 
     sequence: torch.Tensor
     """int64 [N]: row of the batch."""
+    start: torch.Tensor
+    """int64 [N]: the first position of the write (its key)."""
     position: torch.Tensor
     """int64 [N]: the last position of the write (its value)."""
     key: torch.Tensor
@@ -105,5 +107,5 @@ def writes(task: Task, tokens: torch.Tensor) -> Writes | None:
     else:
         return None
     sequence, slot = np.nonzero(wrote)
-    columns = sequence, slot * width + width - 1, number[sequence, slot]
+    columns = sequence, slot * width, slot * width + width - 1, number[sequence, slot]
     return Writes(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))

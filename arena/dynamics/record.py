@@ -42,7 +42,7 @@ def blocks_of(module: nn.Module) -> list[Block]:
     if hasattr(module, "trace"):
         return [cast(Block, module)]
     raise ValueError(
-        f"{type(module).__name__} is neither a model (blocks) nor a block (trace); see arena.blocks.base.Block"
+        f"{type(module).__name__} is neither a model (blocks) nor a block (trace): see arena.blocks.base"
     )
 
 

@@ -1,0 +1,280 @@
+"""The measurements of one block, carried from chunk to chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import synthetic_tasks
+from arena.dynamics import transition as tr
+from arena.dynamics.dictionary import QUANTITIES
+from arena.dynamics.edit import Edits, Event
+from arena.dynamics.gates import Correlation, Distribution
+from arena.dynamics.retention import (
+    Past,
+    contribution_age,
+    contributions,
+    half_life,
+    log_decay,
+    memory_length,
+    remembered,
+)
+from arena.dynamics.state import advance, effective_rank, growth_exponent, is_matrix_memory, write_gate
+from arena.dynamics.table import Rows
+from synthetic_tasks import ROLES
+
+GATES = ("decay", "erase", "write", "step", "input_gate", "forget_gate")
+_PAIRS = {"corr_erase_write": ("erase", "write"), "corr_decay_write": ("decay", "write")}
+
+
+class LayerMeasurement:
+    """What is carried for one block from chunk to chunk."""
+
+    def __init__(
+        self,
+        index: int,
+        rows: Rows,
+        wanted: set[str],
+        grid: Tensor,
+        read_at: Tensor,
+        writes: synthetic_tasks.Writes | None,
+        roles: Tensor | None,
+        horizon: int,
+        window: int,
+        maps: int,
+    ) -> None:
+        self.index, self.rows, self.wanted, self.grid = index, rows, wanted, grid
+        self.read_at, self.roles = read_at, roles
+        self.horizon, self.window, self.maps = horizon, window, maps
+        self.families = {QUANTITIES[name].family for name in wanted}
+        self.distributions: dict[tuple[str, int, str], Distribution] = {}
+        self.correlations: dict[tuple[str, int, str], Correlation] = {}
+        self.log_decay: Tensor | None = None
+        self.decays = 0
+        self.state: Tensor | None = None
+        self.norms: list[tuple[int, Tensor]] = []
+        self.edits = Edits(*writes) if writes is not None and "edit" in self.families else None
+        self.edited: dict[str, list[tuple[Event, Tensor, int]]] = {}
+        self.tail: dict[str, Tensor] = {}
+        self.past: list[Past] = []
+        self.log_norm: Tensor | None = None
+
+    def take(self, trace: Mapping[str, Tensor], start: int, stop: int) -> None:
+        """Take in the trace of tokens start .. stop-1."""
+        trace = {name: x.detach().cpu() for name, x in trace.items()}
+        here = self.grid[(self.grid >= start) & (self.grid < stop)]
+        if "gates" in self.families:
+            self._gates(trace, start, stop, here)
+        for name in ("normaliser", "cell"):
+            if name in trace and len(here):
+                value = trace[name][:, here - start].double()
+                value = value.norm(dim=-1) if name == "cell" else value.mean(-1)
+                self._add("cell_norm" if name == "cell" else name, value, here)
+        if is_matrix_memory(trace):
+            if self.families & {"state", "edit"}:
+                self._states(trace, start, stop)
+            if "transition" in self.families:
+                self._transitions(trace, start, here)
+        if "retention" in self.families:
+            self._retention(trace, start, stop)
+
+    def finish(self, train_length: int | None, length: int) -> None:
+        """Add what is known at the end only."""
+        for (name, head, role), distribution in self.distributions.items():
+            for statistic, value in distribution.statistics().items():
+                self._summary(name, head, role, statistic, value, distribution.count)
+        for (name, head, role), correlation in self.correlations.items():
+            self._summary(name, head, role, "value", correlation.value(), correlation.count)
+        if self.log_decay is not None:
+            mean = self.log_decay / self.decays
+            self._add_all("half_life", half_life(mean.mean(-1)), self.decays * mean.shape[-1])
+            channels = torch.arange(mean.shape[-1])
+            self._add_all("half_life_channel", half_life(mean.T), self.decays, index=channels)
+        for name, edits in self.edited.items():
+            if name in self.wanted:
+                place = torch.tensor([[event.sequence, event.position, n] for event, _, n in edits])
+                values = torch.stack([value for _, value, _ in edits])
+                sequence, token, n = place.unbind(1)
+                self.rows.add(self.index, name, values, sequence=sequence, token=token, n=n)
+        if self.norms and train_length is not None and train_length < length:
+            beyond = [(t + 1, norm) for t, norm in self.norms if t >= train_length - 1]
+            times = torch.tensor([t for t, _ in beyond])
+            norms = torch.stack([norm for _, norm in beyond], -1)  # [B,H,n]
+            sequence = torch.arange(norms.shape[0])
+            growth = {
+                "state_growth": norms[..., -1] / norms[..., 0],
+                "state_growth_exponent": growth_exponent(times, norms),
+            }
+            for name, ratio in growth.items():
+                if name in self.wanted:
+                    self.rows.add(self.index, name, ratio, sequence=sequence, n=len(beyond))
+
+    def _add(self, name: str, value: Tensor, tokens: Tensor) -> None:
+        """Rows of value [B,n,H] at tokens [n]."""
+        if name in self.wanted:
+            sequence = torch.arange(value.shape[0])[:, None]
+            self.rows.add(self.index, name, value, sequence=sequence, token=tokens[None])
+
+    def _add_all(self, name: str, value: Tensor, n: int, index: Tensor | None = None) -> None:
+        """Rows of value [...,H] that is taken over all sequences and tokens."""
+        if name in self.wanted:
+            self.rows.add(self.index, name, value, n=n, index=index, role="all")
+
+    def _summary(self, name: str, head: int, role: str, statistic: str, value: float, n: int) -> None:
+        """One row of a summary over tokens of a role."""
+        self.rows.add_head(self.index, name, head, value, n=n, role=role, statistic=statistic)
+
+    def _gates(self, trace: Mapping[str, Tensor], start: int, stop: int, here: Tensor) -> None:
+        gates = {name: trace[name].double() for name in GATES if name in trace}
+        if "write" in gates and is_matrix_memory(trace):
+            gates["write"] = write_gate(trace)
+        masks: dict[str, Any] = {"all": slice(None)}
+        if self.roles is not None:
+            piece = self.roles[:, start:stop]
+            masks |= {role: piece == code for code, role in enumerate(ROLES) if (piece == code).any()}
+        means = {name: gate.mean(-1) for name, gate in gates.items()}
+        for name in sorted(gates.keys() & self.wanted):
+            if len(here):
+                self._add(name, means[name][:, here - start], here)
+            for role, mask in masks.items():
+                for head, values in enumerate(
+                    gates[name][mask].reshape(-1, *gates[name].shape[2:]).unbind(1)
+                ):
+                    key = name, head, role
+                    self.distributions.setdefault(key, Distribution()).add(values.numpy())
+        for name, (x, y) in _PAIRS.items():
+            if name in self.wanted and x in gates and y in gates:
+                for role, mask in masks.items():
+                    pair = (means[g][mask].reshape(-1, means[g].shape[2]) for g in (x, y))
+                    for head, (a, b) in enumerate(zip(*(p.unbind(1) for p in pair), strict=True)):
+                        key = name, head, role
+                        self.correlations.setdefault(key, Correlation()).add(a.numpy(), b.numpy())
+
+    def _states(self, trace: Mapping[str, Tensor], start: int, stop: int) -> None:
+        B, _, H, K = trace["k"].shape
+        V = trace["v"].shape[-1]
+        if self.state is None:
+            extra = 0 if self.edits is None else self.edits.width
+            self.state = torch.zeros(B, H, K, V + extra, dtype=torch.float64)
+            if self.edits is not None:
+                self.edits.begin(self.state)
+        look = {t for t in self.grid.tolist() if start <= t < stop} if "state" in self.families else set()
+        edit = set(self.edits.stops(start, stop)) if self.edits is not None else set()
+        write, times, singular = write_gate(trace), [], []
+        for t, state in advance(trace, self.state, [t - start for t in look | edit]):
+            if start + t in look:
+                times.append(start + t)
+                singular.append(tr.singular_values(state[..., :V]))
+            if self.edits is not None and start + t in edit:
+                k, z = trace["k"][:, t].double(), write[:, t] * trace["v"][:, t].double()
+                self.edits.at(start + t, state, k, z, self._edit)
+        if times:
+            values, tokens = torch.stack(singular, 1), torch.tensor(times)  # [B,n,H,R]
+            norms = values.norm(dim=-1)
+            self.norms += zip(times, norms.unbind(1), strict=True)
+            self._add("state_frobenius", norms, tokens)
+            self._add("state_spectral", values[..., 0], tokens)
+            self._add("state_effective_rank", effective_rank(values), tokens)
+
+    def _edit(self, name: str, event: Event, value: Tensor, n: int) -> None:
+        self.edited.setdefault(name, []).append((event, value, n))
+
+    def _transitions(self, trace: Mapping[str, Tensor], start: int, here: Tensor) -> None:
+        fields = {name: trace[name].double() for name in ("k", "decay", "erase")}
+        joined = {name: torch.cat([self.tail[name], x], 1) if self.tail else x for name, x in fields.items()}
+        before = joined["k"].shape[1] - fields["k"].shape[1]
+        self.tail = {name: x[:, max(x.shape[1] - self.window + 1, 0) :] for name, x in joined.items()}
+        if not len(here):
+            return
+        k, decay, erase = (fields[name][:, here - start] for name in ("k", "decay", "erase"))
+        self._add("key_eigenvalue", tr.key_eigenvalue(k, erase), here)
+        matrix = tr.transition_matrix(k, decay, erase)
+        self._add("identity_distance", tr.identity_distance(matrix), here)
+        if "permutation_distance" in self.wanted:
+            self._add("permutation_distance", tr.permutation_distance(matrix), here)
+        if "reflection_distance" in self.wanted:
+            self._add("reflection_distance", tr.reflection_distance(matrix), here)
+        if self.wanted & {"transition_norm", "orthogonal_distance"}:
+            singular = tr.singular_values(matrix)
+            self._add("transition_norm", singular[..., 0], here)
+            self._add("orthogonal_distance", tr.orthogonal_distance(singular), here)
+        if self.wanted & {"eigenvalue_min", "eigenvalue_max_imaginary", "spectral_radius"} | (
+            self.wanted & {"eigenvalue_real", "eigenvalue_imaginary"}
+        ):
+            found = tr.eigenvalues(matrix)
+            self._add("eigenvalue_min", found.real[..., 0], here)
+            self._add("eigenvalue_max_imaginary", found.imag.amax(-1), here)
+            self._add("spectral_radius", found.abs().amax(-1), here)
+            for name, part in (("eigenvalue_real", found.real), ("eigenvalue_imaginary", found.imag)):
+                if name in self.wanted:
+                    sequence, index = torch.arange(part.shape[0])[:, None, None], torch.arange(part.shape[-1])
+                    self.rows.add(
+                        self.index, name, part.mT, sequence=sequence, token=here[:, None], index=index
+                    )
+        whole = here[here - start + before >= self.window - 1]
+        if len(whole) and self.wanted & {"window_norm", "window_radius", "window_eigenvalue_min"}:
+            at = (whole - start + before)[None] - torch.arange(self.window - 1, -1, -1)[:, None]
+            product = tr.window_product(*(joined[g][:, at].movedim(1, 0) for g in ("k", "decay", "erase")))
+            self._add("window_norm", tr.singular_values(product)[..., 0], whole)
+            found = tr.eigenvalues(product)
+            self._add("window_radius", found.abs().amax(-1), whole)
+            self._add("window_eigenvalue_min", found.real[..., 0], whole)
+
+    def _retention(self, trace: Mapping[str, Tensor], start: int, stop: int) -> None:
+        decays = log_decay(trace)
+        if decays is not None:
+            total = decays.sum((0, 1))
+            self.log_decay = total if self.log_decay is None else self.log_decay + total
+            self.decays += decays.shape[0] * decays.shape[1]
+        if not self.wanted & {"contribution", "memory_length", "contribution_age", "gain_beyond"}:
+            return
+        sequence, column = ((self.read_at >= start) & (self.read_at < stop)).nonzero(as_tuple=True)
+        pairs = torch.stack([sequence, self.read_at[sequence, column]], 1).unique(dim=0)
+        sequence, token = pairs.unbind(1)
+        if "attention" in trace:
+            if len(token):
+                self._contributions(sequence, token, *_attended(trace["attention"], sequence, token, stop))
+            return
+        vectors, self.log_norm = remembered(trace, self.log_norm)
+        if not vectors:
+            return
+        self.past.append(Past(start, vectors))
+        if len(token):
+            found = contributions(self.past, sequence, token, self.horizon)
+            self._contributions(sequence, token, *found)
+        later = self.read_at[self.read_at >= stop]
+        oldest = int(later.min()) - self.horizon if later.numel() else stop
+        self.past = [p for p in self.past if p.start + p.trace["start"].shape[1] > oldest]
+
+    def _contributions(self, sequence: Tensor, token: Tensor, weights: Tensor, gain: Tensor) -> None:
+        found = {"memory_length": memory_length(weights), "contribution_age": contribution_age(weights)}
+        for name, value in (found | {"gain_beyond": gain}).items():
+            if name in self.wanted:
+                self.rows.add(self.index, name, value, sequence=sequence, token=token)
+        if "contribution" not in self.wanted:
+            return
+        for row in (sequence < self.maps).nonzero()[:, 0].tolist():
+            t = int(token[row])
+            lags = min(t + 1, weights.shape[-1])
+            self.rows.add(
+                self.index,
+                "contribution",
+                weights[row, :, :lags].T,
+                sequence=int(sequence[row]),
+                token=t,
+                source=t - torch.arange(lags),
+            )
+
+
+def _attended(weights: Tensor, sequence: Tensor, token: Tensor, stop: int) -> tuple[Tensor, Tensor]:
+    """Attention weights [B,H,T,S] of reads as [n,H,lag], and a gain of 0: the whole past is there."""
+    T, S = weights.shape[2:]
+    longest = int(token.max()) - (stop - S) + 1
+    found = torch.zeros(len(token), weights.shape[1], longest, dtype=torch.float64)
+    for row, (b, t) in enumerate(zip(sequence.tolist(), token.tolist(), strict=True)):
+        seen = S - (stop - t) + 1
+        found[row, :, :seen] = weights[b, :, T - (stop - t), :seen].flip(-1)
+    return found, torch.zeros(found.shape[:2], dtype=torch.float64)

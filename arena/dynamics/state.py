@@ -1,0 +1,87 @@
+"""The matrix memory itself, from the trace: S_t = (I - k_t e_t^T) D_t S_{t-1} + k_t z_t^T, in float64.
+
+A trace with ``k``, ``v``, ``decay``, ``erase`` and ``write`` determines the memory, so that one matrix a head
+is carried through the sequence and no block has to keep all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+MATRIX_FIELDS = ("q", "k", "v", "decay", "erase", "write", "read")
+"""A trace with these is that of a matrix memory."""
+
+
+def is_matrix_memory(trace: Mapping[str, Tensor]) -> bool:
+    """Whether the trace is that of a matrix memory (not of attention, not of a cell)."""
+    return all(name in trace for name in MATRIX_FIELDS)
+
+
+def write_gate(trace: Mapping[str, Tensor]) -> Tensor:
+    """The write gate in float64; an exponential one from its pre-activation, as float32 ends at e^88."""
+    write = trace["write"].double()
+    if "input_gate" not in trace:
+        return write
+    return torch.where(write.isinf(), trace["input_gate"].double().exp(), write)
+
+
+def advance(
+    trace: Mapping[str, Tensor], state: Tensor, wanted: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Carry the memory through the tokens of a trace.
+
+    Args:
+        trace: Fields [B,T,H,*].
+        state: [B,H,K,C] float64, the memory before the first token; it is overwritten. Columns beyond the V
+            of the values follow the same recurrence with nothing written to them.
+        wanted: Tokens of the trace, rising, to stop after.
+
+    Yields:
+        Each wanted token, and the memory after it: ``state`` itself, which the caller may change.
+    """
+    k, decay, erase = (trace[name].double() for name in ("k", "decay", "erase"))
+    z = write_gate(trace) * trace["v"].double()
+    extra = state.shape[-1] - z.shape[-1]
+    if extra:
+        z = torch.nn.functional.pad(z, (0, extra))
+    erases = bool((erase != 0).any())
+    e_t, k_t = (erase * k)[..., None, :].unbind(1), k[..., None].unbind(1)
+    decay_t, z_t = decay[..., None].unbind(1), z[..., None, :].unbind(1)
+    stops = set(wanted)
+    for t in range(k.shape[1]):
+        state.mul_(decay_t[t])
+        new = z_t[t] - e_t[t] @ state if erases else z_t[t]
+        state.addcmul_(k_t[t], new)
+        if t in stops:
+            yield t, state
+
+
+def effective_rank(singular: Tensor) -> Tensor:
+    """exp(-sum p_i ln p_i), p = s / sum s (Roy and Vetterli 2007), from singular values [...,R]: [...].
+
+    0 for a memory that is zero.
+    """
+    total = singular.sum(-1, keepdim=True)
+    share = singular / total.masked_fill(total == 0, 1.0)
+    return torch.special.entr(share).sum(-1).exp() * (total[..., 0] != 0)
+
+
+def growth_exponent(tokens: Tensor, norms: Tensor) -> Tensor:
+    """Slope of ln ||S_t||_F over ln t by least squares.
+
+    0: the memory has saturated; 1/2: it grows as a random walk does; 1: as a counter does.
+
+    Args:
+        tokens: [n], numbers of tokens read, t >= 1.
+        norms: [...,n].
+
+    Returns:
+        [...]; NaN for fewer than 2 tokens or a norm of 0.
+    """
+    x = tokens.double().log()
+    x = x - x.mean()
+    y = norms.double().log()
+    return ((y - y.mean(-1, keepdim=True)) * x).sum(-1) / x.square().sum()

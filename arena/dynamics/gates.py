@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-SAMPLE = 65_536
+SAMPLE = 16_384
 """Values that quantiles are computed from: all of them up to this number, beyond it a uniform sample."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -258,7 +258,7 @@ class LayerMeasurement:
             return
         for row in (sequence < self.maps).nonzero()[:, 0].tolist():
             t = int(token[row])
-            lags = min(t + 1, weights.shape[-1])
+            lags = min(t + 1, weights.shape[-1], self.horizon)
             self.rows.add(
                 self.index,
                 "contribution",
@@ -272,8 +272,7 @@ class LayerMeasurement:
 def _attended(weights: Tensor, sequence: Tensor, token: Tensor, stop: int) -> tuple[Tensor, Tensor]:
     """Attention weights [B,H,T,S] of reads as [n,H,lag], and a gain of 0: the whole past is there."""
     T, S = weights.shape[2:]
-    longest = int(token.max()) - (stop - S) + 1
-    found = torch.zeros(len(token), weights.shape[1], longest, dtype=torch.float64)
+    found = torch.zeros(len(token), weights.shape[1], int(token.max()) + 1, dtype=torch.float64)
     for row, (b, t) in enumerate(zip(sequence.tolist(), token.tolist(), strict=True)):
         seen = S - (stop - t) + 1
         found[row, :, :seen] = weights[b, :, T - (stop - t), :seen].flip(-1)

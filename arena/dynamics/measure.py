@@ -37,7 +37,7 @@ def measure(
     The sequences are read in chunks, and all arithmetic of the measurements is float64. At any time this
     holds, for each layer: the trace of one chunk (its gates, never its states); the matrix memory once
     (twice, with one more column for every key, where edits are measured); q, k and gates of the last
-    ``horizon`` tokens where contributions are; at most 131,072 values of each gate, head and role for its
+    ``horizon`` tokens where contributions are; at most 32,768 values of each gate, head and role for its
     quantiles; and the rows so far. None of these grows with the length of the sequence beyond ``horizon``,
     ``points`` and the number of writes. (Softmax attention is the exception: its own state is the past.)
 

@@ -12,7 +12,7 @@ from arena.dynamics import measure
 from synthetic_tasks import Writes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from dynamics_blocks import Frozen, run, unit
+from dynamics_blocks import Frozen, steps, unit
 
 T, H, K, V = 12, 2, 4, 3
 
@@ -39,25 +39,23 @@ def frozen(seed=0, **gates):
 @pytest.mark.parametrize("chunk", [1, 5, 12])
 def test_half_life_is_ln2_over_minus_ln_decay(chunk):
     decay = torch.tensor([0.5, 0.9], dtype=torch.float64)[:, None].expand(T, 2, 1)
-    frame = measure(frozen(decay=decay), run(None, T), quantities=["retention"], chunk=chunk)
+    frame = measure(frozen(decay=decay), steps(T), quantities=["retention"], chunk=chunk)
     close(values(frame, "half_life", 0), 1.0)
     close(values(frame, "half_life", 1), math.log(2) / -math.log(0.9))
 
 
 def test_half_life_of_channels_and_of_the_extremes():
     decay = torch.tensor([0.5, 1.0, 0.0, -0.25], dtype=torch.float64).expand(T, H, K)
-    frame = measure(frozen(decay=decay), run(None, T), quantities=["half_life", "half_life_channel"])
+    frame = measure(frozen(decay=decay), steps(T), quantities=["half_life", "half_life_channel"])
     close(values(frame, "half_life_channel"), [1.0, math.inf, 0.0, 0.5])
     assert values(frame, "half_life").tolist() == [0.0]  # one dead channel: its mean log is -inf
-    frame = measure(frozen(), run(None, T), quantities=["half_life"])
+    frame = measure(frozen(), steps(T), quantities=["half_life"])
     assert values(frame, "half_life").tolist() == [math.inf]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0, 2.0])
 def test_transition_of_a_delta_rule(beta):
-    frame = measure(
-        frozen(erase=beta), run(None, T), quantities=["transition", "permutation_distance"], window=1
-    )
+    frame = measure(frozen(erase=beta), steps(T), quantities=["transition", "permutation_distance"], window=1)
     close(values(frame, "key_eigenvalue"), 1 - beta)
     close(values(frame, "eigenvalue_min"), min(1 - beta, 1))
     close(values(frame, "eigenvalue_max_imaginary"), 0.0)
@@ -74,7 +72,7 @@ def test_a_rotation_is_two_reflections():
     a = 0.4
     k = torch.tensor([[1.0, 0.0], [math.cos(a), math.sin(a)]], dtype=torch.float64)[:, None]
     block = Frozen(k, k, k, erase=2.0)
-    frame = measure(block, run(None, 2), quantities=["transition"], window=2)
+    frame = measure(block, steps(2), quantities=["transition"], window=2)
     close(values(frame, "window_radius"), 1.0)
     close(values(frame, "window_norm"), 1.0)
     close(values(frame, "window_eigenvalue_min"), math.cos(2 * a))
@@ -85,7 +83,7 @@ def test_erase_by_channel_is_no_contraction():
     """With b in {0,1} and sum b k^2 = 1/3 the norm is 2/sqrt(3)."""
     k = torch.tensor([math.sqrt(1 / 3), math.sqrt(2 / 3)], dtype=torch.float64).expand(1, 1, 2)
     erase = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 1, 2)
-    frame = measure(Frozen(k, k, k, erase=erase), run(None, 1), quantities=["transition"])
+    frame = measure(Frozen(k, k, k, erase=erase), steps(1), quantities=["transition"])
     assert values(frame, "transition_norm").item() == pytest.approx(2 / math.sqrt(3), abs=1e-12)
     assert values(frame, "key_eigenvalue").item() == pytest.approx(2 / 3, abs=1e-12)
     rows = frame.filter(pl.col("quantity") == "window_norm")
@@ -95,7 +93,7 @@ def test_erase_by_channel_is_no_contraction():
 def test_a_swap_is_a_permutation_and_a_reflection():
     k = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64).expand(1, 1, 3) / math.sqrt(2)
     frame = measure(
-        Frozen(k, k, k, erase=2.0), run(None, 1), quantities=["permutation_distance", "reflection_distance"]
+        Frozen(k, k, k, erase=2.0), steps(1), quantities=["permutation_distance", "reflection_distance"]
     )
     close(values(frame, "permutation_distance"), 0.0, atol=1e-7)
     close(values(frame, "reflection_distance"), 0.0, atol=1e-7)
@@ -104,7 +102,7 @@ def test_a_swap_is_a_permutation_and_a_reflection():
 def test_signed_decay():
     frame = measure(
         frozen(decay=-0.5),
-        run(None, T),
+        steps(T),
         quantities=["eigenvalue_min", "half_life", "eigenvalue_real", "decay"],
     )
     close(values(frame, "eigenvalue_min"), -0.5)
@@ -118,7 +116,7 @@ def test_tied_gate_counter_saturates():
     a, c, length = 1.0, 0.1, 400
     one = torch.ones(length, 1, 1, dtype=torch.float64)
     block = Frozen(one, one, one, decay=math.exp(-a * c), write=c)
-    frame = measure(block, run(None, length), train_length=100, points=None)
+    frame = measure(block, steps(length), train_length=100, points=None)
     t = torch.arange(1, length + 1, dtype=torch.float64)
     limit = c / (1 - math.exp(-a * c))
     close(values(frame, "state_frobenius"), limit * (1 - torch.exp(-a * c * t)))
@@ -126,7 +124,7 @@ def test_tied_gate_counter_saturates():
     close(values(frame, "half_life"), math.log(2) / (a * c))
     assert values(frame, "state_growth").item() == pytest.approx(1 / (1 - math.exp(-a * c * 100)), rel=1e-9)
     assert abs(values(frame, "state_growth_exponent").item()) < 1e-3
-    counter = measure(Frozen(one, one, one), run(None, length), train_length=100)
+    counter = measure(Frozen(one, one, one), steps(length), train_length=100)
     close(values(counter, "state_growth_exponent"), 1.0)
     close(values(counter, "state_growth"), 4.0)
 
@@ -134,15 +132,15 @@ def test_tied_gate_counter_saturates():
 def test_rank_and_norms():
     """Orthogonal keys and values of equal size: rank t after t tokens, 1 if all keys are one."""
     eye = torch.eye(4, dtype=torch.float64)[:, None]
-    frame = measure(Frozen(eye, eye, 3 * eye), run(None, 4), quantities=["state"], points=None)
+    frame = measure(Frozen(eye, eye, 3 * eye), steps(4), quantities=["state"], points=None)
     close(values(frame, "state_effective_rank"), [1.0, 2.0, 3.0, 4.0])
     close(values(frame, "state_frobenius"), [3 * math.sqrt(t) for t in (1, 2, 3, 4)])
     close(values(frame, "state_spectral"), 3.0)
     one = eye[:1].expand(4, 1, 4)
-    frame = measure(Frozen(one, one, one), run(None, 4), quantities=["state"])
+    frame = measure(Frozen(one, one, one), steps(4), quantities=["state"])
     close(values(frame, "state_effective_rank"), 1.0)
     close(values(frame, "state_spectral"), [1.0, 2.0, 3.0, 4.0])
-    frame = measure(Frozen(one, one, 0 * one), run(None, 4), quantities=["state"])
+    frame = measure(Frozen(one, one, 0 * one), steps(4), quantities=["state"])
     close(values(frame, "state_effective_rank"), 0.0)
 
 
@@ -150,7 +148,7 @@ def test_contributions_of_plain_decay():
     """One key, decay g: the weight of lag l is g^l; its length is ((1-g^n)/(1-g))^2 (1-g^2)/(1-g^2n)."""
     g = 0.8
     one = torch.ones(T, 1, 1, dtype=torch.float64)
-    frame = measure(Frozen(one, one, one, decay=g), run(None, T), quantities=["retention"], reads=1, chunk=5)
+    frame = measure(Frozen(one, one, one, decay=g), steps(T), quantities=["retention"], reads=1, chunk=5)
     close(values(frame, "contribution"), [g**lag for lag in range(T)])
     n = T
     length = ((1 - g**n) / (1 - g)) ** 2 * (1 - g**2) / (1 - g ** (2 * n))
@@ -158,7 +156,7 @@ def test_contributions_of_plain_decay():
     age = sum(g**lag * lag for lag in range(n)) / sum(g**lag for lag in range(n))
     close(values(frame, "contribution_age"), age)
     close(values(frame, "gain_beyond"), 0.0)
-    cut = measure(Frozen(one, one, one, decay=g), run(None, T), quantities=["retention"], reads=1, horizon=4)
+    cut = measure(Frozen(one, one, one, decay=g), steps(T), quantities=["retention"], reads=1, horizon=4)
     close(values(cut, "contribution"), [g**lag for lag in range(4)])
     close(values(cut, "gain_beyond"), g**4)
 
@@ -171,7 +169,7 @@ def test_parity_by_a_reflection():
     erase = 2.0 * bits[:, None, None].double()
     v = torch.zeros(n, 1, 1, dtype=torch.float64)
     v[0] = 1.0
-    frame = measure(Frozen(k, k, v, erase=erase), run(None, n), reads=n, points=None)
+    frame = measure(Frozen(k, k, v, erase=erase), steps(n), reads=n, points=None)
     close(values(frame, "eigenvalue_min"), 1 - 2 * bits.double())
     parity = 1 - 2.0 * (bits.cumsum(0) % 2)
     close(values(frame, "contribution", source=0), parity)
@@ -194,7 +192,7 @@ def test_left_over_after_overwriting_is_one_minus_beta(beta, chunk):
     block = Frozen(
         k, k, v, erase=torch.tensor([0.0, 0.0, beta], dtype=torch.float64)[:, None, None].expand(3, H, 1)
     )
-    frame = measure(block, run(None, 3), writes=writes((0, 0, 7), (0, 1, 9), (0, 2, 7)), chunk=chunk)
+    frame = measure(block, steps(3), writes=writes((0, 0, 7), (0, 1, 9), (0, 2, 7)), chunk=chunk)
     close(values(frame, "old_value_left", token=2), 1 - beta)
     close(values(frame, "old_value_held", token=2), 1.0)
     close(values(frame, "other_value_left", token=2), 1.0)
@@ -210,12 +208,12 @@ def test_edit_with_similar_keys():
     a, b = [1.0, 0.0], [c, math.sqrt(1 - c * c)]
     k = torch.tensor([a, b], dtype=torch.float64)[:, None]
     v = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)[:, None]
-    frame = measure(Frozen(k, k, v, erase=1.0), run(None, 2), writes=writes((0, 0, 0), (0, 1, 1)))
+    frame = measure(Frozen(k, k, v, erase=1.0), steps(2), writes=writes((0, 0, 0), (0, 1, 1)))
     close(values(frame, "key_similarity", token=1), c)
     close(values(frame, "other_value_left", token=1), 1 - c * c)
     close(values(frame, "interference", token=1), c * math.sqrt(1 + c * c))
     close(values(frame, "overwrite_error", token=1), 0.0)  # strength 1 replaces whatever the key read
-    plain = measure(Frozen(k, k, v), run(None, 2), writes=writes((0, 0, 0), (0, 1, 1)))
+    plain = measure(Frozen(k, k, v), steps(2), writes=writes((0, 0, 0), (0, 1, 1)))
     close(values(plain, "overwrite_error", token=1), c)
     close(values(plain, "other_value_left", token=1), 1.0)
     close(values(plain, "interference", token=1), c)
@@ -229,18 +227,18 @@ def test_a_write_of_several_tokens_is_one_edit():
     rebind = Writes(
         zero.repeat(2), torch.tensor([0, 1]), torch.tensor([0, 2]), zero.repeat(2)
     )  # sequence, start, position, key
-    frame = measure(Frozen(k, k, k, erase=erase), run(None, 3), writes=rebind, chunk=2)
+    frame = measure(Frozen(k, k, k, erase=erase), steps(3), writes=rebind, chunk=2)
     close(values(frame, "old_value_left", token=2), 0.25 * 0.5)
 
 
 def test_a_value_that_is_no_longer_held_has_no_share_left():
     k = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(3, 1, 2)
-    frame = measure(Frozen(k, k, k, decay=1e-2, erase=0.5), run(None, 3), writes=writes((0, 0, 0), (0, 2, 0)))
+    frame = measure(Frozen(k, k, k, decay=1e-2, erase=0.5), steps(3), writes=writes((0, 0, 0), (0, 2, 0)))
     rows = frame.filter((pl.col("quantity") == "old_value_left") & (pl.col("token") == 2))
     held = values(frame, "old_value_held", token=2)
     close(held, 1e-2 * 0.5)
     close(torch.tensor(rows["value"].to_list(), dtype=torch.float64), 0.5 * 1e-2)
-    frame = measure(Frozen(k, k, k, decay=1e-4, erase=0.5), run(None, 3), writes=writes((0, 0, 0), (0, 2, 0)))
+    frame = measure(Frozen(k, k, k, decay=1e-4, erase=0.5), steps(3), writes=writes((0, 0, 0), (0, 2, 0)))
     assert frame.filter(pl.col("quantity") == "old_value_left")["value"].to_list() == [None]
 
 
@@ -248,7 +246,7 @@ def test_gate_distribution_and_correlation():
     torch.manual_seed(0)
     erase, write = torch.rand(2, T, H, 1, dtype=torch.float64)
     block = frozen(erase=erase, write=write)
-    frame = measure(block, run(None, T), quantities=["gates"], chunk=5)
+    frame = measure(block, steps(T), quantities=["gates"], chunk=5)
     for head in range(H):
         x, y = erase[:, head, 0], write[:, head, 0]
         wanted = torch.corrcoef(torch.stack([x, y]))[0, 1]
@@ -258,5 +256,5 @@ def test_gate_distribution_and_correlation():
         close(values(frame, "erase", head, statistic="q25"), x.quantile(0.25))
         close(values(frame, "erase", head, statistic="max"), x.max())
     assert frame.filter(pl.col("quantity") == "corr_decay_write")["value"].to_list() == [None] * H
-    tied = measure(frozen(erase=erase, write=erase), run(None, T), quantities=["corr_erase_write"])
+    tied = measure(frozen(erase=erase, write=erase), steps(T), quantities=["corr_erase_write"])
     close(values(tied, "corr_erase_write"), 1.0)

@@ -261,8 +261,14 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 
 @app.command()
-def doctor() -> int:
-    """Say what this machine can run: versions, devices, backends; check fast paths against references."""
+def doctor(
+    experiment: Annotated[
+        str | None,
+        typer.Argument(help="Examine what its models ask of the kernels, instead of the default list."),
+    ] = None,
+) -> int:
+    """Say what this machine can run; check every fast path, gradients too, against its reference."""
     from arena.grid.doctor import examine
+    from arena.grid.experiment import load_experiment
 
-    return examine()
+    return examine(None if experiment is None else load_experiment(experiment))

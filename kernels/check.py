@@ -79,6 +79,7 @@ def gated_memory_inputs(
     write: str | None = "channel",
     n_keys: int | None = None,
     extreme: bool = False,
+    regime: str | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor | None]:
@@ -91,6 +92,8 @@ def gated_memory_inputs(
         write: See above.
         n_keys: Every key is one of so many (1 or 2: the numerical trap that parity is); None: all differ.
         extreme: A fifth each of the decays is 0 (log -inf), 1, and e^-30; a third of the erase gates 2.
+        regime: All gates of one kind: ``"double"`` (decay exactly 1, erase 2), ``"strong"`` (log-decay -5 to
+            -30), ``"closed"`` (decay exactly 1, erase and write near 0), or None.
         seed: Of all draws.
         device: Where the tensors go; the draws are the same everywhere.
     """
@@ -118,13 +121,22 @@ def gated_memory_inputs(
     if erases is not None:
         kind, erases = torch.rand(erases.shape, generator=generator), 2 * erases.sigmoid()
         erases = erases.masked_fill(kind < 0.3, 2.0) if extreme else erases
+    if writes is not None:
+        writes = writes.sigmoid()
+    if decays is not None and regime is not None:
+        strong = -5 - 25 * torch.rand(decays.shape, generator=generator, dtype=torch.float64)
+        decays = strong if regime == "strong" else torch.zeros_like(decays)
+    if erases is not None and regime is not None:
+        erases = {"double": torch.full_like(erases, 2.0), "closed": 1e-4 * erases}.get(regime, erases)
+    if writes is not None and regime == "closed":
+        writes = 1e-4 * writes
     inputs = {
         "q": normal(B, T, H, K),
         "k": keys / keys.norm(dim=-1, keepdim=True),
         "v": normal(B, T, H, V),
         "log_decay": decays,
         "erase": erases,
-        "write": None if writes is None else writes.sigmoid(),
+        "write": writes,
         "initial_state": normal(B, H, K, V),
     }
     return {name: None if x is None else x.float().double().to(device) for name, x in inputs.items()}

@@ -18,6 +18,7 @@ PACKAGES = (
     "numba",
     "triton",
     "flash-linear-attention",
+    "mlstm-kernels",
     "mamba-ssm",
     "safetensors",
     "polars",

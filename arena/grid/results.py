@@ -57,7 +57,8 @@ ROW_SCHEMA: dict[str, Any] = {
 }
 """Columns of the result table. ``arm`` is the name that reports group by: an arm's or the architecture's;
 ``stage`` is one of ``arena.grid.plan.STAGES``; ``space`` is the hash of the search space that a tuned run's
-point is from; ``verdict`` is the hash of what ``arena doctor`` said of the machine. ``model_params`` and
+point is from; ``verdict`` is ``ok-`` or ``wrong-`` and a hash of what ``arena doctor`` found in the run's
+environment (null: it had not been examined). ``model_params`` and
 ``task_params`` are canonical JSON; ``reported`` tells a result (at a length of ``eval_lengths``) from what
 tuning may look at; ``chance`` is the score of an uninformed guess; ``state_bytes`` is what one sequence of
 ``eval_length`` carries; ``status`` is ``done``, ``diverged`` or ``failed`` (then ``value`` is null and

@@ -59,6 +59,7 @@ def run_files(run: Run, fleet_id: str, result: Any, around: Mapping[str, Any]) -
     import safetensors.torch
 
     from arena.grid.results import CURVE_SCHEMA, ROW_SCHEMA, run_columns
+    from arena.grid.verdict import verdict
 
     known = run_columns(run.id, run.notes, run.config)
     common = {
@@ -73,6 +74,7 @@ def run_files(run: Run, fleet_id: str, result: Any, around: Mapping[str, Any]) -
         "wall_s": result.wall_s,
         "status": result.status,
         "environment": digest(around),
+        "verdict": verdict(),
     }
     # where a task's space is exhausted, both kinds of row are of split train
     lengths = run.config["train"]["eval_lengths"]

@@ -1,8 +1,8 @@
 """mlstm_kernels (2.0 or newer, NX-AI) as a backend of ``mlstm``.
 
 On a CPU its torch code runs, differentiated by autograd. On a GPU its "xl_chunk" kernels run, forward only:
-their hand-written backward (that of its other kernels too) takes the normaliser for a constant. That gives the
-right gradients of q, k and the gates only where a norm over each head follows, which makes the gradient
+their hand-written backward (that of its other kernels too) takes the normaliser for a constant. That gives
+the right gradients of q, k and the gates only where a norm over each head follows, which makes the gradient
 orthogonal to h (2.0.6, measured against autograd). Its licence is the NXAI community licence, not an
 open-source one: it is called, never required.
 """

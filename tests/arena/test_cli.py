@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,8 +101,6 @@ def test_a_grid_is_trained_once_and_reported(tiny, trained):
 def test_a_stored_model_gives_its_stored_score(trained):
     import json
 
-    import torch
-
     import synthetic_tasks
     from arena.grid import load_model, load_results
     from arena.training import TrainConfig
@@ -176,7 +173,6 @@ def test_a_damaged_run_is_told_in_one_line(here):
 
 
 def test_no_gpu_is_said_in_one_line(here):
-    import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -238,32 +234,6 @@ def test_a_foreign_kernels_distribution_is_refused(tmp_path):
 def test_what_prints_and_ends_well(here, arguments, words):
     status, output, _ = here(*arguments)
     assert status == 0 and words in output
-
-
-def test_doctor_finds_no_wrong_kernel(here):
-    status, output, _ = here("doctor")
-    assert status == 0 and "WRONG" not in output and "cannot run" not in output
-    assert output.count(" ok ") >= 8 and re.search(r"gated_memory +chunked +cpu +ok", output)
-
-
-def test_doctor_sees_a_wrong_kernel(monkeypatch, capsys):
-    from arena.grid import doctor
-
-    class WrongGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 1.001 * grad
-
-    def broken(x, *, backend):
-        return WrongGradient.apply(x) if backend == "fused" else x.clone()
-
-    case = doctor.Case("broken", broken, ("fused",), {"x": torch.ones(3, dtype=torch.float64)})
-    monkeypatch.setattr(doctor, "_cases", lambda: [case])
-    assert doctor.examine() == 1 and "WRONG" in capsys.readouterr().out
 
 
 def test_a_traceback_appears_on_request_only(tiny):

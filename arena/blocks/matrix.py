@@ -172,13 +172,13 @@ class MemoryBlock(Block):
         if factor is not None:
             trace["output_gate"] = factor
         if self.spec.normaliser != "none":
-            trace["normaliser"] = self.divisor(self._total(into, state).to(q.dtype))
+            trace["normaliser"] = self.divisor(self._total(into, state))
         if states:
             trace["state"] = self._every_state(into, state)
         return trace
 
     def _total(self, into: Inputs, state: State | None) -> Tensor:
-        """n^T q at every token, [B,T,H,1], float64: n is the same memory of the constant 1."""
+        """n^T q at every token, [B,T,H,1], n the same memory of the constant 1; float64, as it can be large."""
         gates, scale = into.gates, self.scale
         k, write = into.k, gates.write
         start = None if state is None else state["memory"][..., -1:]

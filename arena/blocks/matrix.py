@@ -178,7 +178,7 @@ class MemoryBlock(Block):
         return trace
 
     def _total(self, into: Inputs, state: State | None) -> Tensor:
-        """n^T q at every token, [B,T,H,1], n the same memory of the constant 1; float64, as it can be large."""
+        """n^T q at every token, [B,T,H,1], n the same memory of the constant 1; float64: it can be e^100."""
         gates, scale = into.gates, self.scale
         k, write = into.k, gates.write
         start = None if state is None else state["memory"][..., -1:]

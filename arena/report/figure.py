@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from arena.report.palette import family_order, look
+from arena.report.palette import Look, family_order, looks
 from arena.report.tables import scores
 
-_STYLE = {
+STYLE = {
     **sns.axes_style("ticks"),
     **sns.plotting_context("notebook", font_scale=0.9),
     "axes.edgecolor": "#555555",
@@ -38,7 +38,12 @@ _COLUMNS = 3
 
 
 def accuracy_figure(
-    rows: pl.DataFrame, labels: Mapping[tuple[str, str], str], path: Path, *, title: str = ""
+    rows: pl.DataFrame,
+    labels: Mapping[tuple[str, str], str],
+    path: Path,
+    *,
+    title: str = "",
+    styles: Mapping[str, Look] | None = None,
 ) -> None:
     """Accuracy against sequence length, a panel a task: means as lines, single runs as faint ones behind
     them.
@@ -48,12 +53,14 @@ def accuracy_figure(
         labels: short names of the tasks.
         path: of the PNG.
         title: above the panels.
+        styles: looks of the arms; None: those of the arms in ``rows``.
     """
     table = scores(rows)
     arms = sorted(table["arm"].unique(), key=family_order)
+    styles = looks(arms) if styles is None else styles
     columns = min(_COLUMNS, len(labels))
     lines = -(-len(labels) // columns)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.1 * columns + 1.9, 3.9 * lines + 0.6), layout="constrained", dpi=160)
         axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
         for axis, key in zip(axes.flat, labels, strict=False):
@@ -61,7 +68,7 @@ def accuracy_figure(
                 pl.col("train_length_min").min(), pl.col("train_length_max").max()
             )
             panel = table.filter(task=key[0], task_params=key[1])
-            _panel(axis, panel, arms, trained.row(0))
+            _panel(axis, panel, {arm: styles[arm] for arm in arms}, trained.row(0))
             axis.set_title(labels[key])
         for axis in axes.flat[len(labels) :]:
             axis.set_visible(False)
@@ -70,7 +77,7 @@ def accuracy_figure(
         for axis in axes.flat[max(0, len(labels) - columns) : len(labels)]:
             axis.set_xlabel("sequence length")
         figure.legend(
-            handles=_legend(arms),
+            handles=_legend({arm: styles[arm] for arm in arms}),
             loc="outside right center",
             handlelength=2.6,
             labelspacing=0.55,
@@ -82,7 +89,7 @@ def accuracy_figure(
         figure.savefig(path)
 
 
-def _panel(axis: Axes, panel: pl.DataFrame, arms: list[str], trained: tuple[int, int]) -> None:
+def _panel(axis: Axes, panel: pl.DataFrame, arms: Mapping[str, Look], trained: tuple[int, int]) -> None:
     lengths = sorted(panel["eval_length"].unique())
     axis.set_xscale("log", base=2)
     shortest, longest = trained
@@ -99,8 +106,7 @@ def _panel(axis: Axes, panel: pl.DataFrame, arms: list[str], trained: tuple[int,
     # Models that tie would hide each other: each has its own place beside the length.
     gap = min((b / a for a, b in itertools.pairwise(lengths)), default=2.0)
     places = gap ** np.linspace(-0.16, 0.16, len(arms)) if len(arms) > 1 else [1.0]
-    for arm, place in zip(arms, places, strict=True):
-        colour, marker, dashed = look(arm)
+    for (arm, style), place in zip(arms.items(), places, strict=True):
         mine = panel.filter(arm=arm).sort("eval_length")
         if mine.is_empty():
             continue
@@ -108,7 +114,7 @@ def _panel(axis: Axes, panel: pl.DataFrame, arms: list[str], trained: tuple[int,
             axis.plot(
                 run["eval_length"] * place,
                 run["accuracy"],
-                color=colour,
+                color=style.colour,
                 alpha=0.35,
                 linewidth=0.8,
                 marker=".",
@@ -119,7 +125,7 @@ def _panel(axis: Axes, panel: pl.DataFrame, arms: list[str], trained: tuple[int,
         axis.plot(
             mean["eval_length"] * place,
             mean["accuracy"],
-            **_pen(colour, marker, dashed),
+            **pen(style),
             zorder=4,
         )
     axis.set_xlim(lengths[0] / gap**0.55, lengths[-1] * gap**0.4)
@@ -129,21 +135,22 @@ def _panel(axis: Axes, panel: pl.DataFrame, arms: list[str], trained: tuple[int,
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
 
 
-def _pen(colour: str, marker: str, dashed: bool) -> dict[str, Any]:
+def pen(style: Look) -> dict[str, Any]:
+    """The properties of an arm's line."""
     return {
-        "color": colour,
-        "marker": marker,
+        "color": style.colour,
+        "marker": style.marker,
         "markersize": 5.5,
-        "markerfacecolor": "white" if dashed else colour,
-        "markeredgecolor": colour,
+        "markerfacecolor": "white" if style.dashed else style.colour,
+        "markeredgecolor": style.colour,
         "markeredgewidth": 1.2,
-        "linestyle": (0, (4, 1.6)) if dashed else "-",
+        "linestyle": (0, (4, 1.6)) if style.dashed else "-",
         "linewidth": 1.5,
     }
 
 
-def _legend(arms: list[str]) -> list[Artist]:
-    handles: list[Artist] = [Line2D([], [], label=arm, **_pen(*look(arm))) for arm in arms]
+def _legend(arms: Mapping[str, Look]) -> list[Artist]:
+    handles: list[Artist] = [Line2D([], [], label=arm, **pen(style)) for arm, style in arms.items()]
     handles.append(Line2D([], [], label="one run", color="#555555", alpha=0.4, linewidth=0.8))
     handles.append(Line2D([], [], label="chance", color="#888888", linestyle=(0, (1, 2)), linewidth=1.5))
     handles.append(Patch(label="trained lengths", facecolor=_SHADE))
@@ -167,7 +174,7 @@ def overview_figure(
         key: sorted(table.filter(task=key[0], task_params=key[1])["eval_length"].unique()) for key in labels
     }
     width = sum(len(lengths) for lengths in spans.values())
-    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(0.62 * width + 2.6, 0.36 * len(arms) + 1.6), layout="constrained", dpi=160)
         axes = figure.subplots(
             1, len(labels), squeeze=False, width_ratios=[len(spans[key]) for key in labels]

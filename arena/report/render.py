@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from arena.grid.plan import TESTED_STAGES
 from arena.grid.results import load_environments, load_results
 from arena.grid.store import StoreError, read_plan
-from arena.report.palette import family_order
+from arena.report.document import Document, Section, print_document, to_markdown
+from arena.report.palette import Look, family_order, looks
 from arena.report.tables import (
     SOLVED,
     accuracy_table,
@@ -29,28 +27,19 @@ from arena.report.tables import (
 from arena.statistics import MIN_UNITS
 
 _BUDGET = ("parameters", "state bytes", "tokens", "unmatched")
-_WIDE = 130  # a terminal with fewer columns shows the accuracies only
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Grid:
-    """A table as it is shown: a heading, column names, rows of text."""
-
-    heading: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 def make_report(directory: str | Path, console: Console | None = None) -> list[Path]:
     """Print the report of a result folder and write it.
 
     Args:
-        directory: a result folder.
+        directory: a result folder, of a plain grid or of tuning.
         console: where to print; None: nowhere.
 
     Returns:
-        The files written: report.md, accuracy, overall, budget and runs as .csv and .parquet, accuracy.png
-        and overview.png.
+        The files written to ``DIR/report``: report.md, tables as .csv and .parquet (runs, accuracy, overall,
+        budget; of tuning also points, best_of_n, panel, window, importance, spent, ledger, verdicts),
+        figures as .png.
 
     Raises:
         StoreError: no result folder, or nothing in it.
@@ -61,50 +50,78 @@ def make_report(directory: str | Path, console: Console | None = None) -> list[P
         raise StoreError(f"{directory} holds no results yet: arena grid trains them")
     plan = read_plan(directory)
     request = _request(directory)
+    title = str(request.get("title") or request.get("name") or "Results")
     notes = _notes(rows, len(plan["runs"]) if plan is not None else None)
-    mixed = mixtures(rows, load_environments(directory))
+    notes += [f"MIXED {line}" for line in mixtures(rows, load_environments(directory))]
 
     folder = directory / "report"
     folder.mkdir(exist_ok=True)
     frames = {"runs": runs_table(rows)}
-    shown: list[_Grid] = []
-    figures: list[Path] = []
-    tested = rows.filter(pl.col("stage").is_in(TESTED_STAGES))
+    sections: list[Section] = []
+    labels = _in_file_order(task_labels(rows), request)
+    names = sorted(set(rows["arm"]), key=family_order)
+    found = looks(names)
+    styles = {name: found[name] for name in names}
+    stages = set(rows["stage"])
+    # Tuning reports the winners on fresh seeds; a plain grid reports all it has.
+    tested = rows.filter(pl.col("stage") == ("grid" if stages <= {"grid"} else "final"))
     if tested["status"].is_in(["done", "diverged"]).any():
-        from arena.report.figure import accuracy_figure, overview_figure
-
-        points = chosen_points(tested)
-        keys = ["task", "task_params", "arm", "trial"]
-        best = tested.join(points.select(keys), on=keys, how="semi")
-        labels = _in_file_order(task_labels(tested.filter(pl.col("status") != "failed")), request)
-        frames |= {
-            "accuracy": accuracy_table(tested),
-            "overall": overall_table(best),
-            "budget": budget_table(best),
-        }
-        chosen = frames["accuracy"].join(points.select(keys), on=keys, how="semi")
-        shown = [_task_grid(chosen, frames["budget"], key, label) for key, label in labels.items()]
-        if len(labels) > 1:
-            shown.append(_overall_grid(frames["overall"]))
-        if (points["points"] > 1).any():
+        sections, tables, several = _accuracy(tested, labels, styles, folder, title)
+        frames |= tables
+        if several:
             notes.append(
                 "Of several learning rates or weight decays, the one that is best on split valid is shown, "
                 "for each architecture and task; all are in accuracy.csv."
             )
-        title = str(request.get("title") or request.get("name") or "")
-        figures = [folder / "accuracy.png", folder / "overview.png"]
-        accuracy_figure(best, labels, figures[0], title=title)
-        overview_figure(chosen, labels, figures[1], title=title)
+    if not stages <= {"grid"}:
+        from arena.report.evidence import evidence
+
+        before, after, tables = evidence(rows, directory, request, labels, styles)
+        sections = before + sections + after
+        frames |= tables
+    document = Document(title=title, claim=str(request.get("claim", "")), notes=notes, sections=sections)
     written = [folder / "report.md"]
-    written[0].write_text(_markdown(request, notes, mixed, shown, figures), encoding="utf-8")
+    written[0].write_text(to_markdown(document), encoding="utf-8")
     for name, frame in frames.items():
         nested = [column for column, kind in frame.schema.items() if isinstance(kind, pl.List)]
         frame.write_parquet(folder / f"{name}.parquet")
         frame.drop(nested).write_csv(folder / f"{name}.csv")
         written += [folder / f"{name}.csv", folder / f"{name}.parquet"]
     if console is not None:
-        _print(console, request, notes, mixed, shown)
-    return written + figures
+        print_document(document, console)
+    return written + [path for section in sections for path in section.figures]
+
+
+def _accuracy(
+    tested: pl.DataFrame,
+    labels: dict[tuple[str, str], str],
+    styles: dict[str, Look],
+    folder: Path,
+    title: str,
+) -> tuple[list[Section], dict[str, pl.DataFrame], bool]:
+    """Sections and tables of what was measured on test, and whether points had to be chosen."""
+    from arena.report.figure import accuracy_figure, overview_figure
+
+    points = chosen_points(tested)
+    keys = ["task", "task_params", "arm", "trial"]
+    best = tested.join(points.select(keys), on=keys, how="semi")
+    frames = {
+        "accuracy": accuracy_table(tested),
+        "overall": overall_table(best),
+        "budget": budget_table(best),
+    }
+    chosen = frames["accuracy"].join(points.select(keys), on=keys, how="semi")
+    there = set(chosen.select("task", "task_params").iter_rows())
+    labels = {key: label for key, label in labels.items() if key in there}
+    figures = [folder / "accuracy.png", folder / "overview.png"]
+    accuracy_figure(best, labels, figures[0], title=title, styles=styles)
+    overview_figure(chosen, labels, figures[1], title=title)
+    sections = [_task_section(chosen, frames["budget"], key, label) for key, label in labels.items()]
+    if len(labels) > 1:
+        sections.append(_overall_section(frames["overall"]))
+    sections[-1] = replace(sections[-1], caption=_LEGEND)
+    sections.insert(0, Section(heading="", figures=figures))
+    return sections, frames, bool((points["points"] > 1).any())
 
 
 def _request(directory: Path) -> dict[str, Any]:
@@ -161,7 +178,7 @@ _LEGEND = (
 )
 
 
-def _task_grid(table: pl.DataFrame, budget: pl.DataFrame, key: tuple[str, str], label: str) -> _Grid:
+def _task_section(table: pl.DataFrame, budget: pl.DataFrame, key: tuple[str, str], label: str) -> Section:
     """Architectures by length, the best at the longest length first."""
     cells = table.filter(task=key[0], task_params=key[1])
     costs = {row["arm"]: row for row in budget.filter(task=key[0], task_params=key[1]).iter_rows(named=True)}
@@ -195,7 +212,7 @@ def _task_grid(table: pl.DataFrame, budget: pl.DataFrame, key: tuple[str, str], 
     seen = set(cells.filter(split="train")["eval_length"])
     heads = [f"length {length}{'*' if length in seen else ''}" for length in lengths]
     columns = ["architecture", *heads, *_BUDGET]
-    return _Grid(heading=label, columns=columns, rows=rows)
+    return Section(heading=label, columns=columns, rows=rows, wide=len(_BUDGET))
 
 
 def _accuracy_text(cell: dict[str, Any]) -> str:
@@ -207,7 +224,7 @@ def _accuracy_text(cell: dict[str, Any]) -> str:
     return f"{cell['mean']:.2f} ({cell['min']:.2f}..{cell['max']:.2f}) {solved}"
 
 
-def _overall_grid(overall: pl.DataFrame) -> _Grid:
+def _overall_section(overall: pl.DataFrame) -> Section:
     rows = []
     for row in overall.iter_rows(named=True):
         if row["low"] is not None:
@@ -216,7 +233,7 @@ def _overall_grid(overall: pl.DataFrame) -> _Grid:
             spread = f"{row['min']:z.2f}..{row['max']:z.2f}"
         solved = f"{row['solved']}/{row['units']} [{row['solve_low']:.2f}, {row['solve_high']:.2f}]"
         rows.append([row["arm"], f"{row['mean']:z.2f}", spread, solved])
-    return _Grid(
+    return Section(
         heading="all tasks, each at its longest length",
         columns=[
             "architecture",
@@ -226,49 +243,3 @@ def _overall_grid(overall: pl.DataFrame) -> _Grid:
         ],
         rows=rows,
     )
-
-
-def _print(
-    console: Console, request: dict[str, Any], notes: list[str], mixed: list[str], shown: list[_Grid]
-) -> None:
-    if not console.is_terminal:  # a pipe or a file has no width: lines are not broken
-        console = Console(file=console.file, width=200, highlight=False)
-    console.print(f"[bold]{escape(str(request.get('title') or request.get('name') or 'results'))}[/bold]")
-    if request.get("claim"):
-        console.print(escape(request["claim"]))
-    for note in notes:
-        console.print(escape(note))
-    for line in mixed:
-        console.print(escape(f"MIXED {line}"))
-    for grid in shown:
-        count = len(grid.columns)
-        if console.width < _WIDE and _BUDGET[0] in grid.columns:  # report.md has them
-            count -= len(_BUDGET)
-        table = Table(title=escape(grid.heading), title_justify="left", title_style="bold")
-        for number, column in enumerate(grid.columns[:count]):
-            table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
-        for row in grid.rows:
-            table.add_row(*(escape(text) for text in row[:count]))
-        console.print(table)
-    if shown:
-        console.print(f"[dim]{escape(_LEGEND)}[/dim]")
-
-
-def _markdown(
-    request: dict[str, Any], notes: list[str], mixed: list[str], shown: list[_Grid], figures: list[Path]
-) -> str:
-    lines = [f"# {request.get('title') or request.get('name') or 'Results'}", ""]
-    if request.get("claim"):
-        lines += [str(request["claim"]), ""]
-    lines += [f"- {note}" for note in notes]
-    lines += [f"- MIXED {line}" for line in mixed]
-    for path in figures:
-        lines += ["", f"![{path.stem}]({path.name})"]
-    for grid in shown:
-        lines += ["", f"## {grid.heading}", ""]
-        lines.append("| " + " | ".join(grid.columns) + " |")
-        lines.append("|---" + "|---:" * (len(grid.columns) - 1) + "|")
-        lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in grid.rows]
-    if shown:
-        lines += ["", _LEGEND]
-    return "\n".join(lines) + "\n"

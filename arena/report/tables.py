@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -90,32 +90,54 @@ def accuracy_table(rows: pl.DataFrame) -> pl.DataFrame:
     return cells.sort("task", "task_params", "eval_length", "arm", "trial")
 
 
-def chosen_points(rows: pl.DataFrame) -> pl.DataFrame:
-    """The point (lr, weight decay) of each task and architecture that is best on valid, never on what is
-    reported.
+def point_scores(rows: pl.DataFrame, metric: str = "accuracy", lengths: Sequence[int] = ()) -> pl.DataFrame:
+    """Each trained point and its score on valid: what a choice may look at, never what is reported.
 
-    Best mean accuracy over the valid lengths and seeds; ties by valid loss, then by the smaller rate.
+    Args:
+        rows: as ``load_results`` gives them.
+        metric: what the score is the mean of; of ``loss``, the negative.
+        lengths: valid lengths it is taken at; empty: all.
+
+    Returns:
+        task, task_params, arm, stage, trial, lr, weight_decay, ``score``: mean over the valid lengths and
+        the seeds, ``loss``: the same of the valid loss, ``diverged``: whether any of its runs did,
+        ``seeds``: how many runs it is a mean of. The best of each (task, arm) comes first: highest score;
+        ties by loss, then by the smaller rate. Failed runs have no score and are left out.
+    """
+    at = pl.col("eval_length").is_in(list(lengths)) if lengths else pl.lit(True)
+
+    def mean(name: str, where: pl.Expr) -> pl.Expr:
+        return pl.col("value").filter(pl.col("metric") == name, ~pl.col("reported"), where).mean()
+
+    score = mean(metric, at)
+    return (
+        rows.filter(pl.col("status") != "failed")
+        .group_by("task", "task_params", "arm", "stage", "trial", "lr", "weight_decay")
+        .agg(
+            score=-score if metric == "loss" else score,
+            loss=mean("loss", pl.lit(True)),
+            diverged=(pl.col("status") == "diverged").any(),
+            seeds=pl.col("run_id").n_unique(),
+        )
+        .sort(
+            ["task", "task_params", "arm", "score", "loss", "lr", "weight_decay"],
+            descending=[False, False, False, True, False, False, False],
+            nulls_last=True,
+        )
+    )
+
+
+def chosen_points(rows: pl.DataFrame) -> pl.DataFrame:
+    """The point (lr, weight decay) of each task and architecture that is best on valid: the first of
+    :func:`point_scores`.
 
     Returns:
         task, task_params, arm, trial, and ``points``: how many there were.
     """
-    index = ["task", "task_params", "arm", "trial", "lr", "weight_decay"]
-
-    def mean(metric: str) -> pl.Expr:
-        return pl.col("value").filter(pl.col("metric") == metric, ~pl.col("reported")).mean()
-
-    ranked = (
-        rows.filter(pl.col("status") != "failed")
-        .group_by(index)
-        .agg(accuracy=mean("accuracy"), loss=mean("loss"))
-        .sort(
-            ["accuracy", "loss", "lr", "weight_decay"],
-            descending=[True, False, False, False],
-            nulls_last=True,
-        )
-    )
-    return ranked.group_by("task", "task_params", "arm", maintain_order=True).agg(
-        trial=pl.col("trial").first(), points=pl.len()
+    return (
+        point_scores(rows)
+        .group_by("task", "task_params", "arm", maintain_order=True)
+        .agg(trial=pl.col("trial").first(), points=pl.len())
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from arena.statistics.best_of_n import expected_best, expected_best_band
 from arena.statistics.comparison import (
+    detectable_effect,
     equivalence_test,
     holm,
     probability_of_improvement,
@@ -27,6 +28,7 @@ __all__ = [
     "MIN_UNITS",
     "bootstrap_interval",
     "clopper_pearson",
+    "detectable_effect",
     "equivalence_test",
     "expected_best",
     "expected_best_band",

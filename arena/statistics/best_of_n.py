@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from arena.statistics.intervals import finite_scores
+from arena.statistics.intervals import Scores, finite_scores
 
 
-def expected_best(
-    scores: Sequence[float] | np.ndarray, n: int | Sequence[int], *, unbiased: bool
-) -> np.ndarray:
+def expected_best(scores: Scores, n: int | Sequence[int] | np.ndarray, *, unbiased: bool) -> np.ndarray:
     """Expected best score of n trials, from the scores v_(1) <= ... <= v_(N) of N trials.
 
     With replacement (Dodge et al. 2019, arXiv 1909.03004), biased low::
@@ -42,8 +40,8 @@ def expected_best(
 
 
 def expected_best_band(
-    scores: Sequence[float] | np.ndarray,
-    n: int | Sequence[int],
+    scores: Scores,
+    n: int | Sequence[int] | np.ndarray,
     *,
     unbiased: bool,
     level: float = 0.95,
@@ -72,7 +70,7 @@ def expected_best_band(
     return np.where(flat, np.nan, low), np.where(flat, np.nan, high)
 
 
-def _weights(count: int, n: int | Sequence[int], unbiased: bool) -> np.ndarray:
+def _weights(count: int, n: int | Sequence[int] | np.ndarray, unbiased: bool) -> np.ndarray:
     """Weight of each of ``count`` sorted scores, [..., count]."""
     sizes = np.asarray(n)
     if sizes.dtype.kind not in "iu" or (sizes < 1).any() or (unbiased and (sizes > count).any()):

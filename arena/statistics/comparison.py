@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 
-from arena.statistics.intervals import finite_scores
+from arena.statistics.intervals import Scores, finite_scores
 
 EXACT_PAIRS = 20
 """Up to so many pairs that differ, every one of the 2^n sign patterns is counted."""
-
-Scores = Sequence[float] | np.ndarray
 
 
 def probability_of_improvement(x_strata: Sequence[Scores], y_strata: Sequence[Scores]) -> float:
@@ -121,6 +120,19 @@ def seeds_needed(m: int, alpha: float = 0.05) -> int:
     while 2.0 ** (1 - seeds) > alpha / m:
         seeds += 1
     return seeds
+
+
+def detectable_effect(n: int, m: int, alpha: float = 0.05, power: float = 0.8) -> float | None:
+    """Smallest mean of n paired differences, in their standard deviations, that is found with ``power``.
+
+    In a two-sided test at level alpha / m, the first step of Holm's, by the normal approximation with
+    Guenther's correction for an unknown deviation, n = (z_a + z_b)^2 / effect^2 + z_a^2 / 2. None where n is
+    too small for any effect.
+    """
+    normal = NormalDist()
+    level, missed = normal.inv_cdf(1 - alpha / (2 * m)), normal.inv_cdf(power)
+    rest = n - level**2 / 2
+    return (level + missed) / rest**0.5 if n >= seeds_needed(m, alpha) and rest > 0 else None
 
 
 def equivalence_test(x: Scores, y: Scores, margin: float) -> float:

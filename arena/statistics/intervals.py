@@ -13,6 +13,8 @@ MIN_UNITS = 10
 scores."""
 REPLICATES = 20_000
 
+Scores = Sequence[float] | np.ndarray
+
 
 @functools.lru_cache(maxsize=4096)
 def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
@@ -57,7 +59,7 @@ def _solve(rising: Callable[[float], float]) -> float:
     return (low + high) / 2
 
 
-def interquartile_mean(scores: Sequence[float] | np.ndarray, axis: int | None = None) -> np.ndarray:
+def interquartile_mean(scores: Scores, axis: int | None = None) -> np.ndarray:
     """Mean of the middle half: a quarter of the values, rounded down, is cut from each end (as rliable
     does).
     """
@@ -70,7 +72,7 @@ def interquartile_mean(scores: Sequence[float] | np.ndarray, axis: int | None = 
     return values.take(range(cut, count - cut), axis=axis).mean(axis=axis)
 
 
-def paired_difference(x_strata: Sequence[Sequence[float]], y_strata: Sequence[Sequence[float]]) -> float:
+def paired_difference(x_strata: Sequence[Scores], y_strata: Sequence[Scores]) -> float:
     """Interquartile mean of X over all units less that of Y.
 
     Args:
@@ -85,8 +87,8 @@ def paired_difference(x_strata: Sequence[Sequence[float]], y_strata: Sequence[Se
 
 
 def paired_difference_interval(
-    x_strata: Sequence[Sequence[float]],
-    y_strata: Sequence[Sequence[float]],
+    x_strata: Sequence[Scores],
+    y_strata: Sequence[Scores],
     *,
     level: float = 0.95,
     replicates: int = REPLICATES,
@@ -115,14 +117,14 @@ def paired_difference_interval(
 
 
 def _paired(
-    x_strata: Sequence[Sequence[float]], y_strata: Sequence[Sequence[float]]
+    x_strata: Sequence[Scores], y_strata: Sequence[Scores]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     if [len(group) for group in x_strata] != [len(group) for group in y_strata] or not len(x_strata):
         raise ValueError("X and Y should have the same tasks and, in each, the same seeds")
     return [finite_scores(group) for group in x_strata], [finite_scores(group) for group in y_strata]
 
 
-def finite_scores(scores: Sequence[float] | np.ndarray) -> np.ndarray:
+def finite_scores(scores: Scores) -> np.ndarray:
     """The scores as float64 [N].
 
     Raises:
@@ -135,7 +137,7 @@ def finite_scores(scores: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def bootstrap_interval(
-    strata: Sequence[Sequence[float]], *, level: float = 0.95, replicates: int = REPLICATES, seed: int = 0
+    strata: Sequence[Scores], *, level: float = 0.95, replicates: int = REPLICATES, seed: int = 0
 ) -> tuple[float, float] | None:
     """Percentile interval of the interquartile mean over all units; runs are drawn anew inside each stratum.
 

@@ -94,7 +94,23 @@ def _finite(points: pl.DataFrame) -> pl.DataFrame:
 
 
 def _studies(directory: Path) -> dict[Cell, Any]:
-    return {}
+    """The Optuna studies of the folder's journal; none where they are in a database."""
+    journal = directory / "tuning" / "journal.log"
+    if not journal.exists():
+        return {}
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    found = {}
+    for name in optuna.get_all_study_names(storage):
+        study = optuna.load_study(study_name=name, storage=storage)
+        notes = study.user_attrs
+        if {*INDEX} <= notes.keys():
+            found[notes["task"], notes["task_params"], notes["arm"]] = study
+    return found
 
 
 def _read(path: Path) -> pl.DataFrame:

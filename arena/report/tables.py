@@ -115,12 +115,12 @@ def point_scores(rows: pl.DataFrame, metric: str = "accuracy", lengths: Sequence
         .group_by("task", "task_params", "arm", "stage", "trial", "lr", "weight_decay")
         .agg(
             score=-score if metric == "loss" else score,
-            loss=mean("loss", pl.lit(True)),
+            loss=mean("loss", at),
             diverged=(pl.col("status") == "diverged").any(),
             seeds=pl.col("run_id").n_unique(),
         )
         .sort(
-            ["task", "task_params", "arm", "score", "loss", "lr", "weight_decay"],
+            ["task", "task_params", "arm", "score", "loss", "lr", "trial"],
             descending=[False, False, False, True, False, False, False],
             nulls_last=True,
         )

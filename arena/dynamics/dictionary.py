@@ -269,7 +269,7 @@ QUANTITIES: dict[str, Quantity] = {
         "edit",
         "1",
         "token (last of the write)",
-        "change that the write makes to what other keys read, mean",
+        "change of what other keys read over the write (decay included), mean",
         "||(S_t - S_t')^T k_o|| / ||S_t'^T k_o|| over the other bound keys o; n is their number",
     ),
     "overwrite_error": Quantity(
@@ -326,6 +326,7 @@ COLUMNS: dict[str, tuple[pl.DataType | type[pl.DataType], str]] = {
         pl.String,
         "role of the position (synthetic_tasks.ROLES); of a summary: the roles taken, or all",
     ),
+    "symbol": (pl.String, "name of the token there; null where there are no tokens"),
     "source": (pl.Int32, "position that is read, of a contribution"),
     "index": (pl.Int32, "channel or eigenvalue, where there is one row for each"),
     "quantity": (pl.String, "name in the data dictionary"),

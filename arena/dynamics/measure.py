@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def measure(
         grid = torch.cat([grid, torch.tensor([train_length - 1])]).unique()
     read_at = torch.stack([_spaced_of(T, roles, b, reads) for b in range(B)])
 
-    rows = Rows(_names(module), roles)
+    rows = Rows(_names(module), roles, _symbols(inputs, task))
     layers = [
         LayerMeasurement(index, rows, wanted, grid, read_at, writes, roles, horizon, window, maps)
         for index in range(len(blocks_of(module)))
@@ -104,6 +105,16 @@ def _names(module: nn.Module) -> list[str]:
     if isinstance(module, Model):
         return parse_arch(module.config.arch, module.config.n_layers)
     return [type(block).__name__ for block in blocks_of(module)]
+
+
+def _symbols(inputs: Tensor, task: synthetic_tasks.Task | None) -> np.ndarray | None:
+    """Name of every token [B,T], those of one position joined by a stroke; None for x."""
+    if inputs.is_floating_point():
+        return None
+    name = str if task is None else task.token_name
+    found, where = np.unique(inputs.flatten(0, 1).cpu().numpy(), axis=0, return_inverse=True)
+    names = ["/".join(map(name, np.atleast_1d(position).tolist())) for position in found]
+    return np.array(names)[where.reshape(inputs.shape[:2])]
 
 
 def _spaced(length: int, count: int | None) -> Tensor:

@@ -82,9 +82,9 @@ def record(module: nn.Module, inputs: Tensor, *, chunk: int = 256) -> Iterator[C
     ]
     module.eval()
     try:
-        state = None
+        state, device = None, next((p.device for p in module.parameters()), inputs.device)
         for start in range(0, inputs.shape[1], chunk):
-            piece = inputs[:, start : start + chunk]
+            piece = inputs[:, start : start + chunk].to(device)
             output, state = module(piece, state)
             traces = [block.trace(*seen[index]) for index, block in enumerate(blocks)]
             yield Chunk(start, start + piece.shape[1], traces, output)

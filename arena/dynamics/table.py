@@ -21,11 +21,13 @@ class Rows:
     Args:
         blocks: Architecture of each layer.
         roles: Role of every position, int64 [B,T], an index into ``synthetic_tasks.ROLES``; None: unknown.
+        symbols: Name of the token at every position, [B,T]; None: there are no tokens.
     """
 
-    def __init__(self, blocks: list[str], roles: Tensor | None) -> None:
+    def __init__(self, blocks: list[str], roles: Tensor | None, symbols: np.ndarray | None) -> None:
         self._blocks = blocks
-        self._roles = roles
+        self._roles = None if roles is None else np.array(ROLES)[roles.numpy()]
+        self._symbols = symbols
         self._parts: list[tuple[int, dict[str, Any]]] = []
 
     def add(
@@ -44,8 +46,8 @@ class Rows:
     ) -> None:
         """Add one row for every element of ``value`` [...,H].
 
-        The places (and ``n``) are numbers, or tensors that broadcast to the leading axes of ``value``. The
-        role is that of (sequence, token) unless it is given.
+        The places (and ``n``) are numbers, or tensors that broadcast to the leading axes of ``value``. Role
+        and symbol are those of (sequence, token); ``role`` is for rows that have no such place.
         """
         lead, H = value.shape[:-1], value.shape[-1]
 
@@ -59,10 +61,10 @@ class Rows:
         columns: dict[str, Any] = {name: column(place) for name, place in places.items()}
         columns["head"] = torch.arange(H).expand(*lead, H).reshape(-1).numpy()
         columns["value"] = value.detach().double().reshape(-1).cpu().numpy()
-        codes = None
-        if role is None and self._roles is not None and sequence is not None and token is not None:
-            codes = self._roles.numpy()[columns["sequence"], columns["token"]]
-        columns["role"] = role if codes is None else np.array(ROLES)[codes]
+        placed = sequence is not None and token is not None
+        at = (columns["sequence"], columns["token"])
+        columns["role"] = self._roles[at] if placed and self._roles is not None else role
+        columns["symbol"] = self._symbols[at] if placed and self._symbols is not None else None
         columns |= {
             "layer": layer,
             "block": self._blocks[layer],

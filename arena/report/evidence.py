@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from arena.grid.results import load_results
+from arena.grid.results import load_curves, load_results
 from arena.report.document import Section
 from arena.report.evidence_search import (
     Context,
@@ -19,7 +19,8 @@ from arena.report.evidence_search import (
 )
 from arena.report.evidence_tables import INDEX, TUNED, spent_table, tuning_trials
 from arena.report.palette import Look
-from arena.report.tables import point_scores
+from arena.report.pruning import halving_table
+from arena.report.tables import SOLVED, point_scores
 from arena.report.verdicts import rule_text, verdict_line, verdict_table
 
 _SPENT = (
@@ -30,6 +31,11 @@ _SPENT = (
 _CHOSEN = (
     "The point of the best score on valid, which was retrained on fresh seeds. Its score here is the best "
     "of n and so too high: the accuracies are those of the retrained runs."
+)
+_PRUNING = (
+    "Had each study kept the better half of its paired points at a quarter and again at half of the "
+    "steps, by the learning curves on valid. A solver: a point whose final chance-scaled accuracy on "
+    f"valid is at least {SOLVED}."
 )
 _LEDGER = (
     "Matched by: {by}. Deviation: from what the arms were matched to, in that quantity. State bytes: "
@@ -73,7 +79,8 @@ def evidence(
         best_of_n_section(points, context),
         response_section(points, winners, context),
         panel_section(rows, metric, lengths, context),
-        importance_section(_studies(directory), context),
+        importance_section(_studies(directory, rows), context),
+        _pruning(rows, load_curves(directory), metric, lengths, context),
         _ledger(ledger, context),
     ]
     frames = {name: frame for name, frame in context.frames.items() if not frame.is_empty()}
@@ -93,8 +100,8 @@ def _finite(points: pl.DataFrame) -> pl.DataFrame:
     return points.with_columns(score=score.fill_null(worst)).drop_nulls("score")
 
 
-def _studies(directory: Path) -> dict[Cell, Any]:
-    """The Optuna studies of the folder's journal; none where they are in a database."""
+def _studies(directory: Path, rows: pl.DataFrame) -> dict[Cell, Any]:
+    """The Optuna studies behind the rows, from the folder's journal; none where they are in a database."""
     journal = directory / "tuning" / "journal.log"
     if not journal.exists():
         return {}
@@ -104,11 +111,11 @@ def _studies(directory: Path) -> dict[Cell, Any]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(journal)))
-    found = {}
+    found, spaces = {}, set(rows["space"])
     for name in optuna.get_all_study_names(storage):
         study = optuna.load_study(study_name=name, storage=storage)
         notes = study.user_attrs
-        if {*INDEX} <= notes.keys():
+        if {*INDEX, "space"} <= notes.keys() and notes["space"] in spaces:
             found[notes["task"], notes["task_params"], notes["arm"]] = study
     return found
 
@@ -211,6 +218,30 @@ def _chosen(winners: pl.DataFrame, context: Context) -> Section | None:
         columns=["architecture", "task", *heads, "own", "score on valid", "of n"],
         rows=rows,
         caption=_CHOSEN,
+    )
+
+
+def _pruning(
+    rows: pl.DataFrame, curves: pl.DataFrame, metric: str, lengths: list[int], context: Context
+) -> Section | None:
+    table = halving_table(rows, curves, metric, lengths)
+    if table.is_empty():
+        return None
+    context.frames["pruning"] = table
+    solvers, lost = table["solvers"].sum(), table["lost"].sum()
+    return Section(
+        heading="What pruning would have cost",
+        lines=[f"Successive halving would have lost {lost} of {solvers} solvers."],
+        columns=["architecture", "task", "trials", "kept", "solvers", "solvers lost", "best point lost"],
+        rows=[
+            [
+                *context.heads(row),
+                *(str(row[name]) for name in ("trials", "kept", "solvers", "lost")),
+                "YES" if row["best_lost"] else "no",
+            ]
+            for row in context.ordered(table)
+        ],
+        caption=_PRUNING,
     )
 
 

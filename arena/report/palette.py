@@ -63,7 +63,7 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     """
     found: dict[str, Look] = {}
     for name in sorted(set(names), key=lambda name: (_base(name) not in _BASE, name)):
-        for turn in range(len(_SPARE)):
+        for turn in range(len(_SPARE) ** 2):
             mine = _look(name, turn)
             if mine not in found.values():
                 break
@@ -77,10 +77,12 @@ def _look(arch: str, turn: int) -> Look:
     if base in _BASE:
         colour, marker = _BASE[base]
         if turn:
-            marker = [other for other in _SPARE_MARKERS if other != marker][turn - 1]
+            others = [other for other in _SPARE_MARKERS if other != marker]
+            marker = others[(turn - 1) % len(others)]
         return Look(colour, marker, re.sub(r"\[.*?\]", "", arch).endswith("-neg"))
     number = int.from_bytes(hashlib.sha256(base.encode()).digest()[:4], "big") + turn
-    return Look(_SPARE[number % len(_SPARE)], _SPARE_MARKERS[number % len(_SPARE)], True)
+    marker = number + turn // len(_SPARE)  # every colour taken: the same ones with other markers
+    return Look(_SPARE[number % len(_SPARE)], _SPARE_MARKERS[marker % len(_SPARE_MARKERS)], True)
 
 
 def _base(name: str) -> str:

@@ -57,7 +57,16 @@ def tuned_rows(
             for seed in range(1000, 1000 + seeds):
                 value = luck(arm, task, seed) if luck else float(np.clip(top + own.normal(0, spread), 0, 1))
                 rows += _run(
-                    arm, task, "final", 3, seed, rates[3], decays[3], value, False, ("valid", "test")
+                    arm,
+                    task,
+                    "final",
+                    points - 1,
+                    seed,
+                    rates[points - 1],
+                    decays[points - 1],
+                    value,
+                    False,
+                    ("valid", "test"),
                 )
     return pl.DataFrame(rows, schema=ROW_SCHEMA)
 

@@ -81,8 +81,8 @@ def _look(arch: str, turn: int) -> Look:
             marker = others[(turn - 1) % len(others)]
         return Look(colour, marker, re.sub(r"\[.*?\]", "", arch).endswith("-neg"))
     number = int.from_bytes(hashlib.sha256(base.encode()).digest()[:4], "big") + turn
-    marker = number + turn // len(_SPARE)  # every colour taken: the same ones with other markers
-    return Look(_SPARE[number % len(_SPARE)], _SPARE_MARKERS[marker % len(_SPARE_MARKERS)], True)
+    place = number + turn // len(_SPARE)  # every colour taken: the same ones with other markers
+    return Look(_SPARE[number % len(_SPARE)], _SPARE_MARKERS[place % len(_SPARE_MARKERS)], True)
 
 
 def _base(name: str) -> str:

@@ -7,10 +7,13 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from arena.grid import GridReport
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -158,12 +161,7 @@ def grid(
     """Train a grid of tasks x architectures x seeds. Run it again to do what is missing."""
     from arena.grid.request import request
 
-    if device not in ("cpu", "cuda"):
-        wrong(f"--device is cpu or cuda, not {device!r}")
-    if workers is not None and not 1 <= workers <= 4096:
-        wrong(f"--workers is a number from 1 to 4096, not {workers}")
-    if out is not None and not out.strip():
-        wrong("--out is a folder, not an empty name")
+    _check_machine(device, workers, out)
     wanted = request(
         experiment, archs=_names("--arch", arch), tasks=_names("--task", task), seeds=seeds, steps=steps
     )
@@ -187,6 +185,20 @@ def grid(
                 raise
             complain(f"{error}; what had finished is stored; to go on: {_again()}")
             return FAILED
+    return _told(report, directory)
+
+
+def _check_machine(device: str, workers: int | None, out: str | None) -> None:
+    if device not in ("cpu", "cuda"):
+        wrong(f"--device is cpu or cuda, not {device!r}")
+    if workers is not None and not 1 <= workers <= 4096:
+        wrong(f"--workers is a number from 1 to 4096, not {workers}")
+    if out is not None and not out.strip():
+        wrong("--out is a folder, not an empty name")
+
+
+def _told(report: GridReport, directory: Path) -> int:
+    """Say how things stand after a grid or a tuning; the exit status."""
     print(f"{report.stored} of {report.planned} runs stored in {directory}")
     if report.interrupted:
         print(f"stopped; to go on: {_again()}")
@@ -200,6 +212,72 @@ def grid(
         print(f"{report.others} runs of earlier requests are in {directory} too; reports leave them out")
     print(f"table and figure: arena report {directory}")
     return FAILED if report.failed else OK
+
+
+@app.command()
+def tune(
+    experiment: Annotated[
+        str | None, typer.Argument(help="A .toml file or the name of a shipped experiment.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="Architectures, with commas between.")] = None,
+    task: Annotated[str | None, typer.Option(help="Tasks, with commas between.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Paired points of every architecture and task.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of fresh seeds of the winners.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of every run.")] = None,
+    out: Annotated[str | None, typer.Option(help="Result folder; default results/NAME.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Database of the Optuna studies, such as sqlite:///tuning.db; default: a file in --out."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, or one a GPU.")] = None,
+) -> int:
+    """Tune every architecture on the same budget and test the winners on fresh seeds. Run it again to go on.
+
+    Several may run at once on one --out, or on one --storage.
+    """
+    from arena.grid.request import request
+
+    _check_machine(device, workers, out)
+    wanted = request(
+        experiment,
+        archs=_names("--arch", arch),
+        tasks=_names("--task", task),
+        steps=steps,
+        points=trials,
+        report_seeds=seeds,
+    )
+    directory = Path(out) if out is not None else Path("results") / wanted.name
+
+    from arena.grid import StoreError
+    from arena.grid.display import GridDisplay
+    from arena.tuning import tune as run_tuning
+
+    with GridDisplay(console) as display:
+        try:
+            report = run_tuning(
+                wanted,
+                directory,
+                device=device,
+                workers=workers,
+                storage=storage,
+                on_start=display.start,
+                on_event=display.event,
+                on_line=display.say,
+            )
+        except StoreError as error:
+            if not display.started:
+                raise
+            complain(f"{error}; what had finished is stored; to go on: {_again()}")
+            return FAILED
+    if report.elsewhere:
+        print(
+            f"{report.elsewhere} runs were trained by other processes into folders of their own: copy their "
+            f"runs/* into {directory / 'runs'} before arena report"
+        )
+    return _told(report, directory)
 
 
 def _again() -> str:

@@ -52,6 +52,8 @@ class ModelConfig:
     """Short convolution of the blocks; None: what ``outer`` implies."""
     mlp_ratio: float = 8 / 3
     """Hidden width of the SwiGLU MLP over d_model; 8/3 gives the 8 D^2 weights of a plain MLP of factor 4."""
+    mlp_hidden: int | None = None
+    """Hidden width of the MLP after every block that has one, in place of a ratio."""
     tokens_per_position: int = 1
     """C: the embeddings, of width D/C, of the C tokens of one position are concatenated."""
     decoder: bool = False
@@ -69,6 +71,8 @@ class ModelConfig:
             )
         if not self.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
+        if self.mlp_hidden is not None and self.mlp_hidden < 1:
+            raise ValueError(f"mlp_hidden must be at least 1, not {self.mlp_hidden}")
         names = parse_arch(self.arch, self.n_layers)
         for option in self.options:
             if not any(option in block_options(name) for name in names):
@@ -216,7 +220,8 @@ class Model(nn.Module):
             mlp = None
             if kind != "none":
                 ratio = _GELU_FACTOR if kind == "gelu" else config.mlp_ratio
-                mlp = GatedMLP(width, _hidden(width, ratio), gelu=kind == "gelu")
+                hidden = config.mlp_hidden or _hidden(width, ratio)
+                mlp = GatedMLP(width, hidden, gelu=kind == "gelu")
             layers.append(Layer(block, mlp))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(width)

@@ -44,9 +44,16 @@ class GridDisplay:
     ) -> None:
         self.progress.stop()
 
+    def say(self, line: str) -> None:
+        """A line above the bars."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
     def start(self, pending: Pending) -> None:
-        """Say what is about to be done."""
+        """Say what is about to be done; again for each stage, where there are several."""
         self.started = True
+        if self.total is not None:
+            self.progress.remove_task(self.total)
+            self.total, self.done, self.training = None, 0.0, None
         todo = sum(len(fleet.runs) for fleet in pending.fleets)
         crew = f"{_counted(pending.workers, 'worker')} x {_counted(pending.threads, 'thread')}"
         self.console.print(

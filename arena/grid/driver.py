@@ -87,7 +87,7 @@ def run_experiment(
     problem = foreign_kernels()
     if problem is not None:
         raise ExperimentError(problem)
-    _gpus(device)  # refuse before planning, which tries the models out on the device
+    gpu_count(device)  # refuse before planning, which tries the models out on the device
     runs = plan_runs(experiment, device=device)
     return train_runs(
         runs,
@@ -131,7 +131,7 @@ def train_runs(
         on_start: called once.
         on_event: called for everything that happens to a fleet.
     """
-    gpus = _gpus(device)
+    gpus = gpu_count(device)
     with Store(directory) as store:
         others = store.record_request(name, request, runs)
         finished = store.finished(run.id for run in runs)
@@ -158,7 +158,7 @@ def train_runs(
                     )
                 )
             for event in events:
-                _handle(event, store, queue, finished, died, report)
+                take(event, store, queue, finished, died, report)
                 if on_event is not None:
                     on_event(event)
         except KeyboardInterrupt:
@@ -169,9 +169,19 @@ def train_runs(
     return report
 
 
-def _handle(
+def take(
     event: Event, store: Store, queue: deque[Fleet], finished: set[str], died: set[str], report: GridReport
 ) -> None:
+    """Do what an event asks for: store results, split a fleet that does not fit, note a failure.
+
+    Args:
+        event: what happened.
+        store: the open store.
+        queue: of the engine; a fleet that is to be tried again is appended.
+        finished: ids of the runs with a result; grows.
+        died: ids of the fleets whose process died once; grows.
+        report: failures are added.
+    """
     fleet = event.fleet
     if event.kind == "done":
         assert event.results is not None
@@ -192,7 +202,12 @@ def _handle(
             report.labels[run.id] = run.label
 
 
-def _gpus(device: str) -> int:
+def gpu_count(device: str) -> int:
+    """GPUs to use: 0 on the CPU.
+
+    Raises:
+        ExperimentError: ``cuda`` without one.
+    """
     if device != "cuda":
         return 0
     import torch

@@ -6,11 +6,10 @@ every problem is one line: :class:`ExperimentError` carries that line.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,62 +17,36 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     ValidationError,
     model_validator,
 )
 
-
-class ExperimentError(ValueError):
-    """The request is wrong. The message is one line that says what and what would be right."""
-
-
-def _listed(value: Any) -> Any:
-    """Let a file write ``lr = 1e-3`` for ``lr = [1e-3]``."""
-    return value if isinstance(value, list) else [value]
-
-
-def _counted(value: Any) -> Any:
-    """Let a file write ``seeds = 3`` for ``seeds = [0, 1, 2]``."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        if not 1 <= value <= 10_000:
-            raise ValueError("a number of seeds is between 1 and 10000")
-        return list(range(value))
-    return value
-
-
-def _ranged(value: Any) -> Any:
-    """Let a file write ``train_lengths = 64`` for ``train_lengths = [64, 64]``."""
-    return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
+from arena.grid.fields import (
+    ARM_NAME,
+    Count,
+    Decays,
+    ExperimentError,
+    Layers,
+    Length,
+    LengthRange,
+    Lengths,
+    Rates,
+    Ratio,
+    Seed,
+    Seeds,
+    Strict,
+    Width,
+    distinct,
+    listed,
+    near,
+)
+from arena.grid.tuning_section import OwnParameter, SpaceSection, TuningSection
 
 
-ARM_NAME = r"^[A-Za-z0-9]([^,/\x00-\x1f]{0,158}[^\s,/\x00-\x1f])?$"
-"""What may name an arm: text without commas and slashes, as the command line and reports separate by
-those; words in it, such as ``gdn2 erase=mean``, are separated by spaces."""
-
-# Bounds far above what trains, so that a slip of the keyboard is refused before it fills the memory.
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
-Length = Annotated[int, Field(ge=1, le=1_000_000)]
-Width = Annotated[int, Field(ge=1, le=16_384)]
-Layers = Annotated[int, Field(ge=1, le=1_000)]
-Ratio = Annotated[float, Field(gt=0, le=100)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Seeds = Annotated[list[Seed], BeforeValidator(_counted), Field(min_length=1)]
-Rates = Annotated[list[PositiveFloat], BeforeValidator(_listed), Field(min_length=1)]
-Decays = Annotated[list[NonNegativeFloat], BeforeValidator(_listed), Field(min_length=1)]
-Lengths = Annotated[list[Length], BeforeValidator(_listed), Field(min_length=1)]
-LengthRange = Annotated[list[Length], BeforeValidator(_ranged), Field(min_length=2, max_length=2)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class ModelSection(_Strict):
+class ModelSection(Strict):
     """``[model]``: the model, for every architecture alike."""
 
     d_model: Width = 64
@@ -88,11 +61,13 @@ class ModelSection(_Strict):
     """The short convolution of every block; absent: the block's own default."""
     mlp_ratio: Ratio | None = None
     """Hidden width of the MLP over ``d_model``; absent: the model's default."""
+    mlp_hidden: Width | None = None
+    """Hidden width of the MLP itself, in place of ``mlp_ratio``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to every block."""
 
 
-class ModelOverride(_Strict):
+class ModelOverride(Strict):
     """What differs from ``[model]`` on one task (``[tasks.model]``) or for one architecture
     (``[overrides.NAME]``, which wins); ``options`` are merged.
     """
@@ -103,6 +78,7 @@ class ModelOverride(_Strict):
     outer: Literal["common", "official"] | None = None
     conv: str | None = None
     mlp_ratio: Ratio | None = None
+    mlp_hidden: Width | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -115,7 +91,7 @@ class Arm(ModelOverride):
     """The architecture; absent: the arm's own name."""
 
 
-class TaskSection(_Strict):
+class TaskSection(Strict):
     """``[[tasks]]``: one task with its parameters and lengths."""
 
     name: str
@@ -143,11 +119,11 @@ class TaskSection(_Strict):
         if self.train_lengths[0] > self.train_lengths[1]:
             raise ValueError(f"train_lengths {self.train_lengths} should be [shortest, longest]")
         for field in ("eval_lengths", "valid_lengths", "train_length_choices"):
-            _distinct(field, getattr(self, field))
+            distinct(field, getattr(self, field))
         return self
 
 
-class TrainSection(_Strict):
+class TrainSection(Strict):
     """``[train]``: optimisation and evaluation, for every run alike; the trainer's default where absent."""
 
     steps: Count
@@ -174,17 +150,17 @@ class TrainSection(_Strict):
     """Largest norm of the gradient."""
 
 
-AxisLevels = Annotated[list[str | float], BeforeValidator(_listed)]
+AxisLevels = Annotated[list[str | float], BeforeValidator(listed)]
 
 
-class AblationSection(_Strict):
+class AblationSection(Strict):
     """``[ablation]``: points of gate space around the one architecture of ``archs``, for ``arena ablate``.
 
     The levels of all axes named are crossed; ``arena.ablation.AXES`` says what they are. A number freezes
     erase or write at that value; for the coupling it is the dial from tied (0) to free (1).
     """
 
-    preset: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
+    preset: Annotated[list[str], BeforeValidator(listed)] = Field(default_factory=list)
     """Points known by name: ``paper``, ``left-out``."""
     decay: AxisLevels = Field(default_factory=list)
     decay_sign: AxisLevels = Field(default_factory=list)
@@ -205,7 +181,7 @@ class AblationSection(_Strict):
         return {name: levels for name, levels in self if name != "preset" and levels}
 
 
-class Experiment(_Strict):
+class Experiment(Strict):
     """A whole experiment file.
 
     Runs are the product ``tasks x archs x (lr x weight_decay) x seeds``.
@@ -220,11 +196,11 @@ class Experiment(_Strict):
     archs: Annotated[list[str], Field(min_length=1)]
     """Names of ``arena list archs``, stacks included (``gdn2+swa``, ``xlstm[1:1]``), and of ``[arms]``."""
     tasks: Annotated[list[TaskSection], Field(min_length=1)]
-    seeds: Seeds = [0, 1, 2]
+    seeds: Seeds = Field(default=[0, 1, 2])
     """A number of seeds, or the seeds."""
-    lr: Rates = [1e-3]
+    lr: Rates = Field(default=[1e-3])
     """Peak learning rate, or several: every pair with ``weight_decay`` is one point (``trial``)."""
-    weight_decay: Decays = [0.1]
+    weight_decay: Decays = Field(default=[0.1])
     """Decoupled weight decay, or several."""
     fleet_size: Annotated[int, Field(ge=1, le=4096)] = 16
     """Largest number of runs that train together; it changes speed, not results."""
@@ -233,11 +209,13 @@ class Experiment(_Strict):
     overrides: dict[str, ModelOverride] = Field(default_factory=dict)
     ablation: AblationSection | None = None
     train: TrainSection
+    tuning: TuningSection | None = None
+    """What ``arena tune`` does; ``arena grid`` leaves it alone."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
         for field in ("archs", "seeds", "lr", "weight_decay"):
-            _distinct(field, getattr(self, field))
+            distinct(field, getattr(self, field))
         for section in ("arms", "overrides"):
             for name in getattr(self, section):
                 if name not in self.archs:
@@ -245,6 +223,8 @@ class Experiment(_Strict):
                         f"[{section}.{name}] is about no architecture of this experiment: archs has no "
                         f"{name!r}{near(name, self.archs)}"
                     )
+        if self.tuning is not None:
+            self.tuning.check_names(self.archs)
         return self
 
     @property
@@ -256,21 +236,6 @@ class Experiment(_Strict):
         """The architecture behind a name of ``archs``."""
         found = self.arms.get(arm)
         return found.arch if found is not None and found.arch is not None else arm
-
-
-def _distinct(field: str, values: Sequence[Any]) -> None:
-    repeated = sorted({str(v) for v in values if values.count(v) > 1})
-    if repeated:
-        raise ValueError(f"{field} repeats {', '.join(repeated)}")
-
-
-def near(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'a' or 'b'?"``, or what there is when nothing is near."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    if close:
-        return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
-    return f"; known: {', '.join(known)}" if known else ""
 
 
 def shipped() -> list[str]:
@@ -337,6 +302,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "arms": Arm,
     "overrides": ModelOverride,
     "ablation": AblationSection,
+    "tuning": TuningSection,
 }
 
 
@@ -354,6 +320,10 @@ def _problem(problem: Any, data: Mapping[str, Any]) -> str:
             place = f"in [[tasks]] number {int(number) + 1}" + (f" ({name})" if isinstance(name, str) else "")
         elif loc[0] in ("arms", "overrides") and rest:
             place, rest = f"in [{loc[0]}.{rest[0]}]", rest[1:]
+        elif loc[0] == "tuning" and rest and rest[0] in ("space", "own"):
+            section = SpaceSection if rest[0] == "space" else OwnParameter
+            depth = 1 if rest[0] == "space" else 3
+            place, rest = f"in [{'.'.join(str(part) for part in loc[: depth + 1])}]", rest[depth:]
     if section is TaskSection and len(rest) > 1 and rest[0] == "model":
         section, rest = ModelOverride, rest[1:]
         place = place.replace("[[tasks]]", "[tasks.model] of [[tasks]]")

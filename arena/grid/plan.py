@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from arena.grid.experiment import Experiment, ExperimentError, TaskSection, near, one_line
+from arena.grid.experiment import Experiment, TaskSection, one_line
+from arena.grid.fields import ExperimentError, near
 
 ID_LENGTH = 16
 """Hex digits of a run id: 64 bits, so 128,000 runs collide with a chance of about 4e-10."""
@@ -124,8 +125,37 @@ def result_versions(task: Any) -> dict[str, int]:
     }
 
 
-def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
-    """All runs of an experiment, in the order tasks, architectures, points, seeds.
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One arm on one task: all of a run's configuration but the replica."""
+
+    experiment: str
+    """Name of the experiment."""
+    arm: str
+    """A name of ``archs``."""
+    task: Any
+    """The task."""
+    train: Any
+    """``arena.training.TrainConfig``."""
+    shared: Mapping[str, Any]
+    """The configuration, as in ``Run.config``."""
+    replica: Mapping[str, Any]
+    """Fields of ``arena.training.Replica`` that ``[train]`` gives."""
+
+    def run(self, *, seed: int, trial: int, point: Mapping[str, Any], **changes: Any) -> Run:
+        """The run of a seed at a point (fields of a replica); ``changes`` are other fields of the run, and
+        ``train``: what takes the place of fields of the training.
+        """
+        from arena.training import Replica
+
+        shared = {**self.shared, "train": {**self.shared["train"], **_plain(changes.pop("train", {}))}}
+        replica = _plain(asdict(Replica(**{**self.replica, **point, "seed": seed})))
+        config = {**shared, "replica": replica}
+        return Run(experiment=self.experiment, arm=self.arm, trial=trial, config=config, **changes)
+
+
+def plan_settings(experiment: Experiment, *, device: str = "cpu") -> list[Setting]:
+    """Every arm on every task, in the order tasks, arms.
 
     Everything that can be refused is refused here, before anything is trained: names, parameters, lengths,
     and each architecture is built once.
@@ -133,7 +163,7 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
     Raises:
         ExperimentError: one line that says what is wrong.
     """
-    from arena.training import Replica, TrainConfig
+    from arena.training import TrainConfig
     from arena.training.data import valid_lengths
     from kernels.backends import NAMES, override
 
@@ -145,14 +175,9 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
         wanted = os.environ["ARENA_BACKEND"]
         text = str(error) if "=" in wanted else f"ARENA_BACKEND is {wanted!r}{near(wanted, NAMES)}"
         raise ExperimentError(text) from None
-    section = experiment.train.model_dump(exclude_none=True)
-    replica_fields = {key: section.pop(key) for key in ("warmup", "beta2", "clip") if key in section}
-    replicas = [
-        (trial, _plain(asdict(Replica(seed=seed, lr=lr, weight_decay=decay, **replica_fields))))
-        for trial, (lr, decay) in enumerate(experiment.points)
-        for seed in experiment.seeds
-    ]
-    runs: list[Run] = []
+    section: dict[str, Any] = experiment.train.model_dump(exclude_none=True)
+    replica: dict[str, Any] = {key: section.pop(key) for key in ("warmup", "beta2", "clip") if key in section}
+    settings: list[Setting] = []
     seen: set[tuple[str, str]] = set()
     for entry in experiment.tasks:
         task = _task(entry)
@@ -181,22 +206,40 @@ def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
                 raise ExperimentError(
                     f"{twin!r} and {arm!r} are the same model on task {entry.name!r}: leave one out"
                 )
-            shared = _plain(
-                {
-                    "model": model,
-                    "task": {"name": task.name, "params": task.params},
-                    "train": asdict(train),
-                    "versions": result_versions(task),
-                    "device": device,
-                    "dtype": "float32",
-                    "backend": backend,
-                }
+            shared = {
+                "model": model,
+                "task": {"name": task.name, "params": task.params},
+                "train": asdict(train),
+                "versions": result_versions(task),
+                "device": device,
+                "dtype": "float32",
+                "backend": backend,
+            }
+            settings.append(
+                Setting(
+                    experiment=experiment.name,
+                    arm=arm,
+                    task=task,
+                    train=train,
+                    shared=_plain(shared),
+                    replica=replica,
+                )
             )
-            runs += [
-                Run(experiment=experiment.name, trial=trial, arm=arm, config={**shared, "replica": replica})
-                for trial, replica in replicas
-            ]
-    return runs
+    return settings
+
+
+def plan_runs(experiment: Experiment, *, device: str = "cpu") -> list[Run]:
+    """All runs of an experiment, in the order tasks, arms, points, seeds.
+
+    Raises:
+        ExperimentError: as :func:`plan_settings`.
+    """
+    return [
+        setting.run(seed=seed, trial=trial, point={"lr": lr, "weight_decay": decay})
+        for setting in plan_settings(experiment, device=device)
+        for trial, (lr, decay) in enumerate(experiment.points)
+        for seed in experiment.seeds
+    ]
 
 
 def plan_fleets(runs: Sequence[Run], fleet_size: int, recorded: Iterable[Sequence[str]] = ()) -> list[Fleet]:
@@ -320,4 +363,7 @@ def _model(
         text, what = one_line(error), "architecture" if arm == arch else "arm"
         raise ExperimentError(text if repr(arm) in text else f"{what} {arm!r}: {text}") from None
     backend = " ".join(f"{operator}={name}" for operator, name in sorted(used.items())) or "torch"
-    return {**asdict(config), "options": dict(config.options)}, backend
+    fields = {**asdict(config), "options": dict(config.options)}
+    if config.mlp_hidden is None:  # a later field: absent, so that ids from before it stay
+        del fields["mlp_hidden"]
+    return fields, backend

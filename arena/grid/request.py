@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from arena.grid.experiment import (
-    Experiment,
-    ExperimentError,
-    load_experiment,
-    near,
-    one_line,
-    parse_experiment,
-)
+from arena.grid.experiment import Experiment, load_experiment, one_line, parse_experiment
+from arena.grid.fields import ExperimentError, near
 
 BASE = "quickstart"
 """The shipped experiment whose model, training and lengths hold where nothing else is said."""
@@ -25,6 +19,8 @@ def request(
     tasks: Sequence[str] = (),
     seeds: int | None = None,
     steps: int | None = None,
+    points: int | None = None,
+    report_seeds: int | None = None,
 ) -> Experiment:
     """The experiment of a file with what the command line changes.
 
@@ -34,6 +30,8 @@ def request(
         tasks: those of the file to keep; without a file, any.
         seeds: number of seeds instead of the file's.
         steps: training steps of every task instead of the file's.
+        points: of ``[tuning]``, instead of the file's.
+        report_seeds: number of seeds of the tuned winners, instead of the file's.
 
     Raises:
         ExperimentError: one line.
@@ -50,6 +48,8 @@ def request(
         data["archs"] = list(archs)
         for section in ("arms", "overrides"):
             data[section] = {name: value for name, value in data[section].items() if name in archs}
+        if base.tuning is not None:
+            data["tuning"] = base.tuning.restricted(archs)
     if tasks:
         entries = {name: [entry for entry in data["tasks"] if entry["name"] == name] for name in tasks}
         for name, found in entries.items():
@@ -65,6 +65,10 @@ def request(
         data["train"]["steps"] = steps
         for entry in data["tasks"]:
             entry.pop("steps", None)
+    tuning = {"points": points, "report_seeds": report_seeds}
+    changed = {name: value for name, value in tuning.items() if value is not None}
+    if changed:
+        data["tuning"] = {**data.get("tuning", {}), **changed}
     return parse_experiment(data, label=base.name if source is not None else "the request")
 
 

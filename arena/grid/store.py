@@ -9,11 +9,11 @@
     DIR/staging/               results on their way; emptied at the next start
     DIR/damaged/               folders that failed their checksums, set aside
 
-Only one process writes, under a lock that the system drops when that process dies. A fleet's result is
-written to ``staging/<fleet id>.partial``, flushed to disk and renamed to ``staging/<fleet id>``: from that
-instant it counts. Then its runs are renamed one by one into ``runs/``, and whatever a kill interrupts is
-completed by the next process. So a run is in ``runs/`` whole or not at all, and a fleet's runs are all kept
-or all lost.
+Only one process writes (or several that share the folder, in turns), under a lock that the system drops when
+that process dies. A fleet's result is written to ``staging/<fleet id>.partial``, flushed to disk and renamed
+to ``staging/<fleet id>``: from that instant it counts. Then its runs are renamed one by one into ``runs/``,
+and whatever a kill interrupts is completed by the next process. So a run is in ``runs/`` whole or not at all,
+and a fleet's runs are all kept or all lost.
 """
 
 from __future__ import annotations
@@ -43,13 +43,18 @@ class Store:
 
     Use it as a context manager: entering takes the lock and completes what a killed process left behind.
 
+    Args:
+        directory: the folder.
+        shared: let other processes that open it so write too: each write then waits for its turn.
+
     Raises:
         StoreError: on entering, when another process writes there, or the folder holds other files or cannot
             be written; later, when it holds another experiment or the disk is full.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, shared: bool = False) -> None:
         self.directory = Path(directory)
+        self.shared = shared
         self.runs = self.directory / "runs"
         self.staging = self.directory / "staging"
         self.fleets = self.directory / "fleets"
@@ -69,7 +74,7 @@ class Store:
             for folder in (self.runs, self.staging, self.fleets, self.failures):
                 folder.mkdir(exist_ok=True)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             holder = os.read(lock, 100).decode(errors="replace").strip()
             os.close(lock)
@@ -79,7 +84,7 @@ class Store:
             ) from None
         self._lock = lock
         try:
-            with self._writing():
+            with self._writing(), self._turn():
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
                 self._complete()
@@ -103,7 +108,9 @@ class Store:
         """
         self.record_fleet(fleet)
         partial, whole = self.staging / f"{fleet.id}.partial", self.staging / fleet.id
-        with self._writing():
+        with self._writing(), self._turn():
+            if self.shared:
+                self._complete()  # what a process that died beside this one has left
             shutil.rmtree(partial, ignore_errors=True)
             for run_id, files in results.items():
                 folder = partial / run_id
@@ -131,14 +138,16 @@ class Store:
             if problem is None:
                 found.add(run_id)
             else:
-                self._set_aside(folder, problem)
+                with self._turn():
+                    if folder.is_dir() and damage(folder) is not None:  # another process may have been faster
+                        self._set_aside(folder, problem)
         return found
 
     def record_fleet(self, fleet: Fleet) -> None:
         """Remember who trains together, so that it stays so."""
         path = self.fleets / f"{fleet.id}.json"
         if not path.exists():
-            with self._writing():
+            with self._writing(), self._turn():
                 write_whole(path, json.dumps([run.id for run in fleet.runs]).encode())
 
     def recorded_fleets(self) -> list[list[str]]:
@@ -155,7 +164,7 @@ class Store:
         """
         for run in runs:
             record = {"config": run.config, **run.notes, "reason": reason, "detail": detail}
-            with self._writing():
+            with self._writing(), self._turn():
                 write_whole(self.failures / f"{run.id}.json", json.dumps(record, indent=1).encode())
 
     def record_request(self, name: str, text: str, runs: Sequence[Run]) -> int:
@@ -179,10 +188,22 @@ class Store:
                 "choose another --out"
             )
         plan = {"experiment": name, "runs": {run.id: run.notes for run in runs}}
-        with self._writing():
+        with self._writing(), self._turn():
             write_whole(self.directory / "experiment.toml", text.encode())
             write_whole(self.directory / "plan.json", json.dumps(plan, indent=0).encode())
         return sum(1 for folder in self.runs.iterdir() if folder.name not in plan["runs"])
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """In a shared folder, wait until no other process writes."""
+        if not self.shared:
+            yield
+            return
+        with open(self.directory / ".turn", "w") as file:
+            fcntl.flock(
+                file, fcntl.LOCK_EX
+            )  # the system drops it when the file is closed or the process dies
+            yield
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

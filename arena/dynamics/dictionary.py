@@ -79,6 +79,13 @@ QUANTITIES: dict[str, Quantity] = {
         "over how many directions the memory is spread; 0 where it is zero",
         "exp(-sum_i p_i ln p_i), p_i = s_i / sum_j s_j, s singular values of S_t (Roy and Vetterli 2007)",
     ),
+    "rayleigh_quotient": Quantity(
+        "state",
+        "1",
+        "token",
+        "factor of the transition on what the memory holds: 1 kept, 0 taken out, -1 all of it flipped",
+        "<S_{t-1}, M_t S_{t-1}> / ||S_{t-1}||_F^2",
+    ),
     "normaliser": Quantity(
         "state",
         "1",

@@ -163,8 +163,19 @@ class LayerMeasurement:
                 self.edits.begin(self.state)
         look = {t for t in self.grid.tolist() if start <= t < stop} if "state" in self.families else set()
         edit = set(self.edits.stops(start, stop)) if self.edits is not None else set()
-        write, times, singular = write_gate(trace), [], []
-        for t, state in advance(trace, self.state, [t - start for t in look | edit]):
+        write, times, singular, quotients = write_gate(trace), [], [], []
+        before = {t - 1 for t in look if t > start}
+
+        def quotient(t: int, state: Tensor) -> None:
+            """Of token t of the trace, from the memory before it."""
+            gates = (trace[name][:, t] for name in ("k", "decay", "erase"))
+            quotients.append(tr.rayleigh_quotient(state[..., :V], *gates))
+
+        if start in look:
+            quotient(0, self.state)
+        for t, state in advance(trace, self.state, [t - start for t in look | edit | before]):
+            if start + t in before:
+                quotient(t + 1, state)
             if start + t in look:
                 times.append(start + t)
                 singular.append(tr.singular_values(state[..., :V]))
@@ -177,6 +188,7 @@ class LayerMeasurement:
             self.norms += zip(times, norms.unbind(1), strict=True)
             self._add("state_frobenius", norms, tokens)
             self._add("state_spectral", values[..., 0], tokens)
+            self._add("rayleigh_quotient", torch.stack(quotients, 1), tokens)
             self._add("state_effective_rank", effective_rank(values), tokens)
 
     def _edit(self, name: str, event: Event, value: Tensor, n: int) -> None:

@@ -44,6 +44,21 @@ def window_product(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
     return product
 
 
+def rayleigh_quotient(state: Tensor, k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
+    """<S, M S> / ||S||^2: the factor on what a memory holds, 1 kept, 0 taken out, -1 all of it flipped.
+
+    Args:
+        state: [...,K,V], the memory before the token.
+        k: [...,K]; decay and erase: [...,K] or [...,1], of the token.
+
+    Returns:
+        [...]; NaN for a memory that is zero.
+    """
+    kept = decay.double()[..., None] * state
+    kept = kept - k.double()[..., None] * ((erase.double() * k.double())[..., None, :] @ kept)
+    return (state * kept).sum((-2, -1)) / state.square().sum((-2, -1))
+
+
 def key_eigenvalue(k: Tensor, erase: Tensor) -> Tensor:
     """1 - e^T k = 1 - sum_i erase_i k_i^2, the eigenvalue of I - k e^T that is not 1: [...]."""
     return 1 - (erase.double() * k.double().square()).sum(-1)

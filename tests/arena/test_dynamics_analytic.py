@@ -22,7 +22,7 @@ def values(frame, quantity, head=0, **where):
     for name, value in where.items():
         rows = rows.filter(pl.col(name) == value)
     assert len(rows), quantity
-    return torch.tensor(rows["value"].to_list(), dtype=torch.float64)
+    return torch.tensor(rows["value"].fill_null(math.nan).to_list(), dtype=torch.float64)
 
 
 def close(found, wanted, **kwargs):
@@ -171,10 +171,24 @@ def test_parity_by_a_reflection():
     v[0] = 1.0
     frame = measure(Frozen(k, k, v, erase=erase), steps(n), reads=n, points=None)
     close(values(frame, "eigenvalue_min"), 1 - 2 * bits.double())
+    factor = values(frame, "rayleigh_quotient")
+    assert factor[0].isnan()  # the memory is still zero
+    close(factor[1:], 1 - 2 * bits[1:].double())
     parity = 1 - 2.0 * (bits.cumsum(0) % 2)
     close(values(frame, "contribution", source=0), parity)
     close(values(frame, "reflection_distance"), 2.0 - 2 * bits.double(), atol=1e-7)
     close(values(frame, "memory_length", token=n - 1), float(n))  # nothing is forgotten
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 12])
+def test_rayleigh_quotient_of_what_is_held(chunk):
+    """Along a key at the cosine c to the one that is held, the factor is decay (1 - beta c^2)."""
+    c, beta, decay = 0.6, 1.5, 0.9
+    k = torch.tensor([[1.0, 0.0], [c, math.sqrt(1 - c * c)]], dtype=torch.float64)[:, None]
+    erase = torch.tensor([0.0, beta], dtype=torch.float64)[:, None, None]
+    block = Frozen(k, k, k, decay=decay, erase=erase)
+    found = values(measure(block, steps(2), quantities=["state"], chunk=chunk), "rayleigh_quotient")
+    close(found[1:], decay * (1 - beta * c * c))
 
 
 def writes(*triples):

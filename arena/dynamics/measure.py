@@ -75,6 +75,7 @@ def measure(
     inputs, targets = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
     if inputs.dim() < 2 or inputs.shape[0] < 1 or inputs.shape[1] < 1:
         raise ValueError(f"a batch needs a sequence and a token, not {list(inputs.shape)}")
+    inputs, targets = inputs.cpu(), None if targets is None else targets.cpu()  # record moves what it reads
     B, T = inputs.shape[:2]
     roles = None
     if targets is not None:

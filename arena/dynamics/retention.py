@@ -108,20 +108,19 @@ def contributions(
     carried = torch.full((n, H, width), 0.0 if matrix else -torch.inf, dtype=torch.float64)
     begun = carried
     for piece in reversed(past):
-        fields = {name: x[sequence].movedim(1, 0) for name, x in piece.trace.items()}
-        top = min(piece.start + len(fields["start"]) - 1, last)
+        top = min(piece.start + piece.trace["start"].shape[1] - 1, last)
         for s in range(top, max(piece.start, low) - 1, -1):
-            at = s - piece.start
+            now = {name: x[sequence, s - piece.start] for name, x in piece.trace.items()}
             here = (token == s)[:, None, None]
-            carried = torch.where(here, fields["start"][at], carried)
+            carried = torch.where(here, now["start"], carried)
             begun = torch.where(here, carried, begun)
             if matrix:
-                along = (carried * fields["k"][at]).sum(-1)
-                value = along * fields["write"][at]
-                ahead = fields["decay"][at] * (carried - fields["e"][at] * along[..., None])
+                along = (carried * now["k"]).sum(-1)
+                value = along * now["write"]
+                ahead = now["decay"] * (carried - now["e"] * along[..., None])
             else:
-                value = (carried + fields["log_write"][at]).exp().mean(-1)
-                ahead = carried + fields["log_decay"][at]
+                value = (carried + now["log_write"]).exp().mean(-1)
+                ahead = carried + now["log_decay"]
             lag = token - s
             inside = (lag >= 0) & (lag < weights.shape[-1])
             carried = torch.where(inside[:, None, None], ahead, carried)

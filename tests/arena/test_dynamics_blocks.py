@@ -53,6 +53,41 @@ def test_the_memory_from_the_trace_is_the_blocks_own(arch, outer):
     assert t == x.shape[1] - 1
 
 
+POINTS = {
+    "max_abs": ("gdn-neg", {"normaliser": "max_abs"}),
+    "sum": ("gla", {"normaliser": "sum", "qk_map": "elu1"}),
+    "complement": ("gla", {"write": "channel", "coupling": "complement"}),
+    "frozen": ("gdn", {"erase_value": 1.5, "write_value": 0.5, "coupling": "free"}),
+    "dial": ("gdn2", {"coupling": "dial", "dial": 0.3, "erase": "scalar", "write": "scalar"}),
+    "mean": ("gdn2", {"erase": "mean", "write": "mean"}),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_points_of_gate_space(point):
+    """The memory from the trace is the block's own, and the contributions add up to the read."""
+    arch, gates = POINTS[point]
+    block, x = make(arch, gates=gates)
+    trace = block.trace(x, states=True)
+    state = torch.zeros_like(trace["state"][:, 0])
+    for t, now in advance(trace, state, [4, 16]):
+        torch.testing.assert_close(now, trace["state"][:, t], rtol=1e-9, atol=1e-9)
+    frame = measure(block, x, quantities=["contribution"], reads=1, maps=1)
+    rows = frame.filter(pl.col("head") == 1)
+    weights = torch.tensor(rows["value"].to_list(), dtype=torch.float64)
+    read = weights @ trace["v"][0, rows["source"].to_list(), 1]
+    torch.testing.assert_close(read, trace["read"][0, 16, 1], rtol=1e-7, atol=1e-9)
+
+
+def test_a_gated_correction_is_left_out_rather_than_measured_wrongly():
+    """Its transition is another one for every value channel, which the vocabulary cannot say."""
+    block, x = make("gdn2", gates={"write_on": "correction"})
+    frame = measure(block, x)
+    for name in ("state_frobenius", "spectral_radius", "contribution", "memory_length", "erase"):
+        assert frame.filter(pl.col("quantity") == name)["value"].to_list() == [None], name
+    assert frame.filter(pl.col("quantity") == "half_life")["value"].is_not_null().all()
+
+
 @pytest.mark.parametrize("arch", [a for a in ALL if a not in ("gdn2-neg", "lstm")])
 def test_contributions_add_up_to_the_read(arch):
     """Where a value has one weight for all its channels, sum_s w(t,s) v_s is the read itself."""

@@ -44,6 +44,18 @@ class Intervention:
     """``chosen`` (asked for), ``all`` heads, one ``head``, ``identified`` heads, ``control`` heads."""
 
 
+EIGENVALUE_COLUMNS: dict[str, tuple[Any, str]] = {
+    "layer": (pl.Int64, "block in the stack, from 0"),
+    "head": (pl.Int64, "head, from 0"),
+    "tokens": (pl.String, "class of tokens"),
+    "least_eigenvalue": (
+        pl.Float64,
+        "least real part of an eigenvalue of (I - k e^T) D, mean over the tokens of the class",
+    ),
+    "n_tokens": (pl.Int64, "how many tokens that is"),
+}
+"""Columns of the table of eigenvalues: type and meaning."""
+
 EFFECT_COLUMNS: dict[str, tuple[Any, str]] = {
     "gate": (pl.String, "gate that is changed"),
     "change": (pl.String, "what is done to it"),
@@ -174,8 +186,8 @@ def head_eigenvalues(model: nn.Module, tokens: Tensor, classes: Mapping[str, Ten
     """Least eigenvalue of each matrix memory's transition, mean over the tokens of each class.
 
     Returns:
-        layer, head, tokens (the class), least_eigenvalue (its mean), n_tokens. Classes without a token and
-        blocks without a matrix memory are left out.
+        Columns as in :data:`EIGENVALUE_COLUMNS`. Classes without a token and blocks without a matrix memory
+        are left out.
     """
     rows = []
     (chunk,) = record(model, tokens, chunk=tokens.shape[1])
@@ -191,14 +203,7 @@ def head_eigenvalues(model: nn.Module, tokens: Tensor, classes: Mapping[str, Ten
                     | {"n_tokens": int(mask.sum())}
                     for head, mean in enumerate(means)
                 ]
-    schema = {
-        "layer": pl.Int64,
-        "head": pl.Int64,
-        "tokens": pl.String,
-        "least_eigenvalue": pl.Float64,
-        "n_tokens": pl.Int64,
-    }
-    return pl.DataFrame(rows, schema=schema)
+    return pl.DataFrame(rows, schema={name: kind for name, (kind, _) in EIGENVALUE_COLUMNS.items()})
 
 
 def flipping_heads(eigenvalues: pl.DataFrame) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ independent.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,11 +129,16 @@ def mean_interval(
         share = clopper_pearson(0, len(values), level)[1]
         common = float(values[0])
         return common - share * (common - least), common + share * (1 - common)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=REPLICATES)
-    means = counts @ values / len(values)
+    means = _draws(len(values), seed) @ values
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(count: int, seed: int) -> np.ndarray:
+    """[replicates,count]: how often each unit is drawn, over their number."""
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=REPLICATES)
+    return draws / count
 
 
 def least_eigenvalue(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:

@@ -24,15 +24,17 @@ from arena.dynamics.effects import (
 from arena.dynamics.intervene import parse_edit
 from arena.dynamics.measure import measure
 from arena.dynamics.probe import PROBE_COLUMNS, measure_decodability
-from arena.grid.experiment import ExperimentError
+from arena.grid.experiment import ExperimentError, near
 from arena.grid.plan import TESTED_STAGES
 from arena.grid.results import load_model, load_results
 from arena.grid.store import StoreError
+from arena.report.tables import SOLVED, chosen_points, scores
 
 SEQUENCES = 8
 """Whose gates, states, transitions, retention and edits are measured (token by token)."""
 LOOKED_AT = 64
 """Whose eigenvalues are averaged."""
+_TOKENS = 16_384
 
 RUN_COLUMNS: dict[str, tuple[Any, str]] = {
     "run_id": (pl.String, "the run in DIR/runs"),
@@ -51,7 +53,7 @@ ACCURACY_COLUMNS: dict[str, tuple[Any, str]] = {
         "on split test as stored by the grid; null where it was not evaluated at that length",
     ),
     "chance": (pl.Float64, "accuracy of an uninformed guess"),
-    "solved": (pl.Boolean, "chance-scaled accuracy at least 0.95"),
+    "solved": (pl.Boolean, f"chance-scaled accuracy at least {SOLVED}"),
 }
 
 
@@ -94,8 +96,6 @@ def choose_runs(directory: str | Path, choice: Choice) -> pl.DataFrame:
         StoreError: no result folder, or no finished run in it.
         ExperimentError: an arm, task or length that is not there; one line with the near ones.
     """
-    from arena.report.tables import SOLVED, chosen_points, scores
-
     rows = load_results(directory).filter(pl.col("status") == "done", pl.col("stage").is_in(TESTED_STAGES))
     if rows.is_empty():
         raise StoreError(f"{directory} holds no finished run yet: arena grid trains them")
@@ -104,10 +104,11 @@ def choose_runs(directory: str | Path, choice: Choice) -> pl.DataFrame:
     known_arms = sorted({*rows["arm"], *rows["arch"]})
     for arm in choice.arms:
         if arm not in known_arms:
-            raise ExperimentError(f"{directory} has no arm {arm!r}{_near(arm, known_arms)}")
-    for task in choice.tasks:
-        if task not in set(rows["task"]):
-            raise ExperimentError(f"{directory} has no task {task!r}{_near(task, sorted(set(rows['task'])))}")
+            raise ExperimentError(f"{directory} has no arm {arm!r}{near(arm, known_arms)}")
+    known_tasks = sorted(set(rows["task"]))
+    for name in choice.tasks:
+        if name not in known_tasks:
+            raise ExperimentError(f"{directory} has no task {name!r}{near(name, known_tasks)}")
     if choice.arms:
         rows = rows.filter(pl.col("arm").is_in(choice.arms) | pl.col("arch").is_in(choice.arms))
     if choice.tasks:
@@ -122,9 +123,7 @@ def choose_runs(directory: str | Path, choice: Choice) -> pl.DataFrame:
         for length in _lengths(task, run["train_length_max"], reported, choice.lengths):
             found.append({name: run.get(name) for name in RUN_COLUMNS} | {"eval_length": length})
     frame = pl.DataFrame(found, schema=_schema(RUN_COLUMNS))
-    frame = frame.join(accuracies, on=["run_id", "eval_length"], how="left", maintain_order="left")
-    assert SOLVED == 0.95  # as the data dictionary says
-    return frame
+    return frame.join(accuracies, on=["run_id", "eval_length"], how="left", maintain_order="left")
 
 
 def _lengths(task: Any, trained: int, reported: Sequence[int], wanted: Sequence[int]) -> list[int]:
@@ -146,12 +145,6 @@ def _is_legal(task: Any, length: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    from arena.grid.experiment import near
-
-    return near(word, known)
 
 
 def _schema(columns: dict[str, tuple[Any, str]]) -> dict[str, Any]:
@@ -181,7 +174,7 @@ def study(
     out: str | Path,
     choice: Choice,
     *,
-    n_sequences: int = 256,
+    n_sequences: int | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Tables:
     """Measure the chosen runs of a folder and write the tables to ``out``.
@@ -194,7 +187,8 @@ def study(
         directory: a result folder.
         out: made where it does not exist; tables of an earlier study in it are replaced.
         choice: which runs, lengths and interventions.
-        n_sequences: on which effects are measured, and half of those on which probes are scored.
+        n_sequences: on which effects are measured; probes are fitted on four times and scored on twice as
+            many. None: 256, fewer where they are long (16,384 tokens together), at least 64.
         on_line: told what is being measured.
 
     Raises:
@@ -218,6 +212,7 @@ def study(
         task = synthetic_tasks.get(run["task"], **json.loads(run["task_params"]))
         about = {name: run[name] for name in RUN_COLUMNS}
         length = run["eval_length"]
+        count = n_sequences or min(256, max(64, _TOKENS // length))
         batch = task.sample(SEQUENCES, length, split="test")
         frame = measure(model, (batch.tokens, batch.targets), task=task, train_length=run["train_length_max"])
         _about(frame, about).write_parquet(folder / f"{run['run_id']}-{length}.parquet")
@@ -226,11 +221,11 @@ def study(
         everywhere = {"all": torch.ones_like(look.targets, dtype=torch.bool)}
         parts["eigenvalues"].append(_about(head_eigenvalues(model, look.tokens, everywhere | classes), about))
         if wanted is None or wanted:
-            table = measure_effects(model, task, length, interventions=wanted, n_sequences=n_sequences)
+            table = measure_effects(model, task, length, interventions=wanted, n_sequences=count)
             parts["effects"].append(_about(table, about))
-        if run["eval_length"] == runs.filter(run_id=run["run_id"])["eval_length"].max():
-            lengths = runs.filter(run_id=run["run_id"])["eval_length"].to_list()
-            table = measure_decodability(model, task, lengths, n_fit=4 * n_sequences, n_test=2 * n_sequences)
+        lengths = runs.filter(run_id=run["run_id"])["eval_length"].to_list()
+        if length == max(lengths):
+            table = measure_decodability(model, task, lengths, n_fit=4 * count, n_test=2 * count)
             parts["decodability"].append(
                 _about(table, {k: v for k, v in about.items() if k != "eval_length"})
             )
@@ -269,11 +264,10 @@ def _check_interventions(directory: Path, runs: pl.DataFrame, wanted: Iterable[I
                 raise ExperimentError(
                     f"{run['arm']} on {run['task']}: {error}; choose arms with --arch"
                 ) from None
-            for edit in intervention.edits:
-                if edit.tokens is not None and edit.tokens not in classes:
-                    raise ExperimentError(
-                        f"{run['task']} has no class of tokens {edit.tokens!r}{_near(edit.tokens, list(classes))}"
-                    )
+            for name in {edit.tokens for edit in intervention.edits} - {None}:
+                if name not in classes:
+                    known = near(str(name), list(classes))
+                    raise ExperimentError(f"{run['task']} has no class of tokens {name!r}{known}")
 
 
 def dictionary_markdown() -> str:

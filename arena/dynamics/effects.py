@@ -24,12 +24,15 @@ import synthetic_tasks
 from arena.dynamics.hooks import gates_of, hooked
 from arena.dynamics.intervene import Edit, check, edited, prepare
 from arena.dynamics.record import blocks_of, record
+from arena.dynamics.transition import eigenvalues, key_eigenvalue, transition_matrix
 from arena.statistics import MIN_UNITS, clopper_pearson
 
 IGNORED = -100
 NEAR_MINUS_ONE = -0.9
 """A head counts as one that flips where its least eigenvalue is below this, on average over the tokens that
 change the answer: a memory multiplied 16 times by 0.9 keeps 0.19 of itself."""
+MOST_TOKENS = 2048
+"""Of a class, evenly spaced, whose eigenvalues are computed."""
 MOST_CONTROLS = 12
 """So many sets of control heads at most; where there are more, a fixed draw of them."""
 REPLICATES = 4_000
@@ -153,12 +156,11 @@ def least_eigenvalue(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
         [...]. With a decay a that is one a head the eigenvalues are a (K - 1 times) and a (1 - e . k); others
         are computed.
     """
-    K = k.shape[-1]
     if decay.shape[-1] == 1:
-        edit = decay[..., 0] * (1 - (erase * k * k).sum(-1))
-        return torch.minimum(edit, decay[..., 0]) if K > 1 else edit
-    transition = torch.eye(K, dtype=k.dtype) - k[..., :, None] * (erase * k)[..., None, :]
-    return torch.linalg.eigvals(transition * decay[..., None, :]).real.amin(-1)
+        a = decay[..., 0].double()
+        along = a * key_eigenvalue(k, erase)
+        return torch.minimum(along, a) if k.shape[-1] > 1 else along
+    return eigenvalues(transition_matrix(k, decay, erase))[..., 0].real
 
 
 def token_classes(task: Any, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -200,23 +202,25 @@ def head_eigenvalues(model: nn.Module, tokens: Tensor, classes: Mapping[str, Ten
     for layer, trace in enumerate(chunk.traces):
         if not {"k", "decay", "erase"} <= trace.keys():
             continue
-        least = least_eigenvalue(trace["k"], trace["decay"], trace["erase"])
         for name, mask in classes.items():
-            if mask.any():
-                means = least[mask].double().mean(0).tolist()
+            places = mask.nonzero()
+            places = places[:: -(-len(places) // MOST_TOKENS) or 1]
+            if len(places):
+                at = [trace[field][places[:, 0], places[:, 1]] for field in ("k", "decay", "erase")]
+                means = least_eigenvalue(*at).mean(0).tolist()
                 rows += [
                     {"layer": layer, "head": head, "tokens": name, "least_eigenvalue": mean}
-                    | {"n_tokens": int(mask.sum())}
+                    | {"n_tokens": len(places)}
                     for head, mean in enumerate(means)
                 ]
     return pl.DataFrame(rows, schema={name: kind for name, (kind, _) in EIGENVALUE_COLUMNS.items()})
 
 
-def flipping_heads(eigenvalues: pl.DataFrame) -> list[tuple[int, int]]:
+def flipping_heads(table: pl.DataFrame) -> list[tuple[int, int]]:
     """(layer, head) of the heads whose memory is reflected where the answer moves; see
     :data:`NEAR_MINUS_ONE`.
     """
-    found = eigenvalues.filter(pl.col("tokens") == "moves", pl.col("least_eigenvalue") <= NEAR_MINUS_ONE)
+    found = table.filter(pl.col("tokens") == "moves", pl.col("least_eigenvalue") <= NEAR_MINUS_ONE)
     return sorted(found.select("layer", "head").iter_rows())
 
 

@@ -44,8 +44,8 @@ def by_task(tables: Tables, labels: dict[Key, str]) -> list[Task]:
     for (task, params), label in labels.items():
         here = {"task": task, "task_params": params}
         runs = tables.runs.filter(**here)
-        length = int(runs["eval_length"].max())  # type: ignore[arg-type]
-        at = {**here, "eval_length": length}
+        length = int(runs["length"].max())  # type: ignore[arg-type]
+        at = {**here, "length": length}
         measured = (
             tables.measurements.filter(**at)
             .filter(pl.col("value").is_not_null(), pl.col("value").is_finite())
@@ -63,7 +63,7 @@ def by_task(tables: Tables, labels: dict[Key, str]) -> list[Task]:
                 sorted(set(runs["arm"]), key=family_order),
                 length,
                 int(runs["train_length_max"].max()),  # type: ignore[arg-type]
-                runs.filter(eval_length=length),
+                runs.filter(length=length),
                 measured,
                 tables.eigenvalues.filter(**at),
                 tables.effects.filter(**at),
@@ -74,9 +74,9 @@ def by_task(tables: Tables, labels: dict[Key, str]) -> list[Task]:
 
 
 def _summary_of_role() -> pl.Expr:
-    """Rows that summarise one role only: quantiles and correlations have one row for each, and one for all."""
+    """Rows that summarise one role only: of quantiles and correlations there is one for all roles too."""
     summary = pl.col("token").is_null() & pl.col("sequence").is_null()
-    return summary & (pl.col("role") != "all")
+    return summary & (pl.col("role").fill_null("all") != "all")
 
 
 def _by_run(
@@ -141,7 +141,7 @@ def side_by_side(task: Task) -> tuple[list[str], list[list[str]]]:
         ("change of other keys by a write", "interference"),
     ):
         columns[name] = [span(_by_run(task, arm, quantity)) for arm in task.arms]
-    probes = task.decodability.filter(pl.col("eval_length") == pl.col("fitted_length"))
+    probes = task.decodability.filter(pl.col("length") == pl.col("fitted_length"))
     columns["true state decoded"] = [
         span(probes.filter(arm=arm)["accuracy"].drop_nulls().to_list()) for arm in task.arms
     ]
@@ -195,8 +195,8 @@ def eigenvalue_sentences(tasks: Sequence[Task]) -> Iterator[str]:
                 continue
             flips = sum(value <= NEAR_MINUS_ONE for value in lowest)
             yield (
-                f"{task.label}, {arm}: {flips} of {len(lowest)} runs have a head whose least eigenvalue is below "
-                f"{NEAR_MINUS_ONE} where the answer moves; lowest head of a run: {span(lowest)}."
+                f"{task.label}, {arm}: {flips} of {len(lowest)} runs have a head whose least eigenvalue is "
+                f"below {NEAR_MINUS_ONE} where the answer moves; lowest head of a run: {span(lowest)}."
             )
 
 
@@ -212,8 +212,8 @@ def state_sentences(tasks: Sequence[Task]) -> Iterator[str]:
                 parts.append(f"{arm} {span(growth)}{power}")
         if parts:
             yield (
-                f"{task.label}: from length {task.trained} (the longest trained) to {task.length} the memory's norm "
-                f"grows by a factor, median over heads, of {_listed(parts)}."
+                f"{task.label}: from length {task.trained} (the longest trained) to {task.length} the "
+                f"memory's norm grows by a factor, median over heads, of {_listed(parts)}."
             )
 
 
@@ -249,17 +249,18 @@ def edit_sentences(tasks: Sequence[Task]) -> Iterator[str]:
 def probe_sentences(tasks: Sequence[Task]) -> Iterator[str]:
     """What a linear map reads."""
     for task in tasks:
-        own = task.decodability.filter(pl.col("eval_length") == pl.col("fitted_length"))
+        own = task.decodability.filter(pl.col("length") == pl.col("fitted_length"))
         for arm in task.arms:
             mine = own.filter(pl.col("arm") == arm, pl.col("accuracy").is_not_null())
             if mine.is_empty():
                 continue
             clear = mine.filter(pl.col("low") > pl.max_horizontal("control", "most_frequent"))
             yield (
-                f"{task.label}, {arm}, length {task.length}: a linear map reads the {mine['label'][0]} right in "
-                f"{span(mine['accuracy'].to_list())} of sequences (shuffled labels {span(mine['control'].to_list())}, "
-                f"most frequent answer {number(mine['most_frequent'][0])}); its interval is above both in "
-                f"{len(clear)} of {len(mine)} memories."
+                f"{task.label}, {arm}, length {task.length}: a linear map reads the {mine['label'][0]} right "
+                f"in {span(mine['accuracy'].to_list())} of sequences (shuffled labels "
+                f"{span(mine['control'].to_list())}, most frequent answer "
+                f"{number(mine['most_frequent'][0])}); its interval is above both in {len(clear)} of "
+                f"{len(mine)} memories."
             )
 
 
@@ -278,8 +279,8 @@ def effect_sentences(tasks: Sequence[Task]) -> Iterator[str]:
                 base = span(task.effects.filter(arm=arm).unique("run_id")["baseline"].to_list())
                 listed = _listed([text for _, text in sorted(parts)])
                 yield (
-                    f"{task.label}, {arm}, accuracy {base} at length {task.length}: change with a gate frozen at its "
-                    f"mean in all heads: {listed}."
+                    f"{task.label}, {arm}, accuracy {base} at length {task.length}: change with a gate "
+                    f"frozen at its mean in all heads: {listed}."
                 )
 
 
@@ -294,26 +295,47 @@ def _sure(rows: pl.DataFrame) -> str:
 
 
 def identified_sentences(tasks: Sequence[Task]) -> Iterator[str]:
-    """Are the heads that flip the ones that the answer depends on?"""
+    """Are the heads that flip the ones that the answer depends on? Each architecture, then each run."""
+    for task in tasks:
+        for arm in task.arms:
+            runs = task.effects.filter(arm=arm)
+            found, others = (runs.filter(role=role) for role in ("identified", "control"))
+            if found.is_empty():
+                continue
+            contrast = runs.filter(role="contrast")
+            text = (
+                f"{task.label}, {arm}: {len(found)} of {runs['run_id'].n_unique()} runs have heads that "
+                "flip; with "
+                f"erase clamped to [0, 1] there accuracy goes from {span(found['baseline'].to_list())} to "
+                f"{span(found['accuracy'].to_list())} (chance {number(found['chance'][0])})"
+            )
+            if len(others):
+                text += (
+                    f", with it clamped in as many others to {span(others['accuracy'].to_list())}; the "
+                    "interval "
+                    f"of the difference is below 0 in {int((contrast['high'] < 0).sum())} of "
+                    f"{len(contrast)} runs"
+                )
+            yield text + "."
     for task in tasks:
         for row in task.effects.filter(role="identified").sort("arm", "seed").iter_rows(named=True):
             mine = {"run_id": row["run_id"], "change": row["change"]}
-            control = task.effects.filter(role="control", **mine).to_dicts()
-            contrast = task.effects.filter(role="contrast", **mine).to_dicts()
-            heads = (
-                "head " + row["heads"] if row["n_heads"] == 1 else "heads " + row["heads"].replace(" ", ", ")
-            )
+            alone = task.effects.filter(role="control", **mine).to_dicts()
+            against = task.effects.filter(role="contrast", **mine).to_dicts()
+            one = row["n_heads"] == 1
+            heads = f"{'head' if one else 'heads'} {row['heads'].replace(' ', ', ')}"
+            flips = "s" if one else ""
             text = (
-                f"{task.label}, {row['arm']}, seed {row['seed']}, length {task.length}: with {row['change']} in {heads}, "
-                f"which flip, accuracy falls from {number(row['baseline'])} to {_with(row, 'accuracy', 'accuracy_')}; "
-                f"chance is {number(row['chance'])}"
+                f"{task.label}, {row['arm']}, seed {row['seed']}, length {task.length}: with {row['change']} "
+                f"in {heads}, which flip{flips}, accuracy goes from {number(row['baseline'])} to "
+                f"{_with(row, 'accuracy', 'accuracy_')}; chance is {number(row['chance'])}"
             )
-            if control:
-                size = control[0]["n_heads"]
-                others = f"{size} other head{'s' if size > 1 else ''}"
-                sets = f" (mean of {control[0]['heads']})" if control[0]["heads"].endswith("sets") else ""
-                text += f". In {others}{sets} it stays at {_with(control[0], 'accuracy', 'accuracy_')}"
-                text += f"; the difference of the effects is {_with(contrast[0], 'effect', '')}"
+            if alone:
+                size = alone[0]["n_heads"]
+                rest = f"{size} other head{'s' if size > 1 else ''}"
+                sets = f" (mean of {alone[0]['heads']})" if alone[0]["heads"].endswith("sets") else ""
+                text += f". In {rest}{sets} it stays at {_with(alone[0], 'accuracy', 'accuracy_')}"
+                text += f"; the difference of the effects is {_with(against[0], 'effect', '')}"
             else:
                 text += ". Every head flips, so that there is no control"
             yield text + "."
@@ -330,8 +352,8 @@ def cannot_be_said(tasks: Sequence[Task]) -> Iterator[str]:
     seeds = min(len(task.runs.filter(arm=arm)) for task in tasks for arm in task.arms)
     if seeds < MIN_UNITS:
         yield (
-            f"Brackets [ ] are 95 % intervals over sequences, given the trained model. Of runs there are "
-            f"{seeds} or more for each architecture and task, fewer than the {MIN_UNITS} that an interval over "
+            f"Brackets [ ] are 95 % intervals over sequences, given the trained model. There are {seeds} or "
+            f"more runs of each architecture and task, fewer than the {MIN_UNITS} that an interval over "
             "trainings needs: what another seed would learn is not known."
         )
     for task in tasks:
@@ -342,27 +364,26 @@ def cannot_be_said(tasks: Sequence[Task]) -> Iterator[str]:
         ]
         if failing:
             yield (
-                f"{task.label}, length {task.length}: runs that do not solve it: {_listed(failing)}. A gate that "
-                "does nothing there may still matter to a model that solves it."
+                f"{task.label}, length {task.length}: runs that do not solve it: {_listed(failing)}. A gate "
+                "that does nothing there may still matter to a model that solves it."
             )
         without = set(task.effects.filter(role="identified")["run_id"]) - set(
             task.effects.filter(role="control")["run_id"]
         )
         if without:
-            yield f"{task.label}: in {len(without)} runs every head flips: no other heads to compare them with."
+            yield f"{task.label}: in {len(without)} runs every head flips: there are none to compare with."
         labelled = task.decodability.filter(pl.col("accuracy").is_not_null())
         if task.decodability.is_empty():
             yield f"{task.label}: no exact solver tells the state of a memory after every token, so no probe."
         elif set(task.arms) - set(labelled["arm"]):
             growing = _listed(sorted(set(task.arms) - set(labelled["arm"]), key=family_order))
-            yield f"{task.label}: the memory of {growing} grows with the length; it has no probe of equal size."
+            yield f"{task.label}: the memory of {growing} grows with the length: no probe of equal size."
     yield (
-        "A frozen, clamped or swapped gate is one that the model was not trained with: that the accuracy falls says "
-        "that the model relies on the gate, not that no model could do without it."
+        "A frozen, clamped or swapped gate is one that the model was not trained with: a fall of accuracy "
+        "says that this model relies on the gate, not that no model could do without it."
     )
     yield (
-        f"A probe is linear and sees {DIMENSIONS} dimensions: what it does not read may be there in another form."
+        f"A probe is linear and sees {DIMENSIONS} dimensions: what it does not read may be there in another "
+        "form."
     )
-    yield (
-        "An eigenvalue is that of one token's transition; whether a head counts is what the intervention tells."
-    )
+    yield "An eigenvalue is that of one token's transition: whether a head counts, the intervention tells."

@@ -20,7 +20,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from arena.dynamics.effects import running_answers
+from arena.dynamics.classes import running_answers
 from arena.dynamics.record import blocks_of
 from arena.statistics import clopper_pearson
 from synthetic_tasks.keyvalue import ASK, BLANK
@@ -152,7 +152,7 @@ def fit(x: Tensor, y: Tensor, *, dimensions: int = DIMENSIONS) -> Probe:
 
 PROBE_COLUMNS: dict[str, tuple[Any, str]] = {
     "layer": (pl.Int64, "block in the stack, from 0"),
-    "eval_length": (pl.Int64, "length of the sequences whose last memory is decoded"),
+    "length": (pl.Int64, "length of the sequences whose last memory is decoded"),
     "fitted_length": (
         pl.Int64,
         "length of the sequences that the probe was fitted on: the same, or the shortest one",
@@ -210,7 +210,7 @@ def measure_decodability(
             continue
         label, states = scoring
         for layer, (x, x_fit) in enumerate(zip(states, fitting[1], strict=True)):
-            row = {"layer": layer, "eval_length": length, "label": label.what, "kind": label.kind}
+            row = {"layer": layer, "length": length, "label": label.what, "kind": label.kind}
             if x is None or x_fit is None:
                 rows.append(row)
                 continue

@@ -12,17 +12,17 @@ import polars as pl
 import torch
 
 import synthetic_tasks
+from arena.dynamics.classes import token_classes
 from arena.dynamics.dictionary import data_dictionary_markdown
+from arena.dynamics.directory import choose_runs, measure_runs
 from arena.dynamics.effects import (
     EFFECT_COLUMNS,
     EIGENVALUE_COLUMNS,
     Intervention,
     head_eigenvalues,
     measure_effects,
-    token_classes,
 )
 from arena.dynamics.intervene import parse_edit
-from arena.dynamics.measure import measure
 from arena.dynamics.probe import PROBE_COLUMNS, measure_decodability
 from arena.grid.experiment import ExperimentError, near
 from arena.grid.plan import TESTED_STAGES
@@ -38,20 +38,17 @@ _TOKENS = 16_384
 
 RUN_COLUMNS: dict[str, tuple[Any, str]] = {
     "run_id": (pl.String, "the run in DIR/runs"),
-    "task": (pl.String, "name of the task"),
-    "task_params": (pl.String, "its parameters, canonical JSON"),
     "arm": (pl.String, "name in the experiment: an arm's or the architecture's"),
     "arch": (pl.String, "architecture"),
+    "task": (pl.String, "name of the task"),
+    "task_params": (pl.String, "its parameters, canonical JSON"),
     "seed": (pl.Int64, "of the run"),
-    "train_length_max": (pl.Int64, "longest training length"),
-    "eval_length": (pl.Int64, "length of the sequences that are measured"),
+    "length": (pl.Int64, "of the sequences that are measured"),
 }
 """What every table says about a run."""
 ACCURACY_COLUMNS: dict[str, tuple[Any, str]] = {
-    "accuracy": (
-        pl.Float64,
-        "on split test as stored by the grid; null where it was not evaluated at that length",
-    ),
+    "train_length_max": (pl.Int64, "longest training length"),
+    "accuracy": (pl.Float64, "on split test, from the grid; null where it was not evaluated at that length"),
     "chance": (pl.Float64, "accuracy of an uninformed guess"),
     "solved": (pl.Boolean, f"chance-scaled accuracy at least {SOLVED}"),
 }
@@ -63,7 +60,7 @@ class Tables(NamedTuple):
     runs: pl.DataFrame
     """A row a run and length, with its accuracy."""
     measurements: pl.LazyFrame
-    """One row a number, columns as in ``arena.dynamics.dictionary.COLUMNS``."""
+    """One row a number, columns as in ``arena.dynamics.COLUMNS``."""
     eigenvalues: pl.DataFrame
     """Least eigenvalue by head and class of tokens."""
     effects: pl.DataFrame
@@ -86,44 +83,37 @@ class Choice:
     """``standard``, ``none``, or texts as :func:`~arena.dynamics.intervene.parse_edit` reads them."""
 
 
-def choose_runs(directory: str | Path, choice: Choice) -> pl.DataFrame:
+def chosen_runs(directory: str | Path, choice: Choice) -> pl.DataFrame:
     """The finished runs of a folder that a choice asks for: columns of ``runs`` in :class:`Tables`.
 
-    Only runs with reported rows count (a tuner's trials have none), and of several learning rates of a plain
-    grid the one that is best on split valid.
+    All seeds of an arm count, and of several learning rates of a plain grid the one that is best on split
+    valid.
 
     Raises:
         StoreError: no result folder, or no finished run in it.
         ExperimentError: an arm, task or length that is not there; one line with the near ones.
     """
-    rows = load_results(directory).filter(pl.col("status") == "done", pl.col("stage").is_in(TESTED_STAGES))
-    if rows.is_empty():
+    rows = load_results(directory)
+    if not (rows["status"] == "done").any():
         raise StoreError(f"{directory} holds no finished run yet: arena grid trains them")
+    try:
+        found = choose_runs(directory, arms=choice.arms or None, tasks=choice.tasks or None, per_arm=None)
+    except ValueError as error:
+        raise ExperimentError(" ".join(str(error).split())) from None
+    reported = rows.filter(pl.col("stage").is_in(TESTED_STAGES))
     keys = ["task", "task_params", "arm", "trial"]
-    rows = rows.join(chosen_points(rows).select(keys), on=keys, how="semi")
-    known_arms = sorted({*rows["arm"], *rows["arch"]})
-    for arm in choice.arms:
-        if arm not in known_arms:
-            raise ExperimentError(f"{directory} has no arm {arm!r}{near(arm, known_arms)}")
-    known_tasks = sorted(set(rows["task"]))
-    for name in choice.tasks:
-        if name not in known_tasks:
-            raise ExperimentError(f"{directory} has no task {name!r}{near(name, known_tasks)}")
-    if choice.arms:
-        rows = rows.filter(pl.col("arm").is_in(choice.arms) | pl.col("arch").is_in(choice.arms))
-    if choice.tasks:
-        rows = rows.filter(pl.col("task").is_in(choice.tasks))
-    if rows.is_empty():
-        raise ExperimentError(f"{directory} has no finished run of these arms on these tasks")
-    accuracies = scores(rows).select("run_id", "eval_length", "accuracy", "chance", "solved")
-    found = []
-    for run in rows.unique("run_id").sort("task", "task_params", "arm", "seed").iter_rows(named=True):
+    found = found.join(chosen_points(reported).select(keys), on=keys, how="semi")
+    cells = []
+    for run in found.sort("task", "task_params", "arm", "seed").iter_rows(named=True):
         task = synthetic_tasks.get(run["task"], **json.loads(run["task_params"]))
-        reported = accuracies.filter(run_id=run["run_id"])["eval_length"].to_list()
-        for length in _lengths(task, run["train_length_max"], reported, choice.lengths):
-            found.append({name: run.get(name) for name in RUN_COLUMNS} | {"eval_length": length})
-    frame = pl.DataFrame(found, schema=_schema(RUN_COLUMNS))
-    return frame.join(accuracies, on=["run_id", "eval_length"], how="left", maintain_order="left")
+        for length in _lengths(task, run["train_length_max"], run["test_lengths"], choice.lengths):
+            cells.append({**run, "length": length})
+    accuracies = scores(rows).select(
+        "run_id", pl.col("eval_length").alias("length"), "accuracy", "chance", "solved"
+    )
+    names = [*RUN_COLUMNS, "train_length_max"]
+    frame = pl.DataFrame([{name: cell[name] for name in names} for cell in cells], schema=_schema(names))
+    return frame.join(accuracies, on=["run_id", "length"], how="left", maintain_order="left")
 
 
 def _lengths(task: Any, trained: int, reported: Sequence[int], wanted: Sequence[int]) -> list[int]:
@@ -147,8 +137,9 @@ def _is_legal(task: Any, length: int) -> bool:
     return True
 
 
-def _schema(columns: dict[str, tuple[Any, str]]) -> dict[str, Any]:
-    return {name: kind for name, (kind, _) in columns.items()}
+def _schema(names: Iterable[str]) -> dict[str, Any]:
+    columns = RUN_COLUMNS | ACCURACY_COLUMNS
+    return {name: columns[name][0] for name in names}
 
 
 def interventions_of(texts: Sequence[str]) -> list[Intervention] | None:
@@ -197,7 +188,7 @@ def study(
     """
     directory, out = Path(directory), Path(out)
     wanted = interventions_of(choice.interventions)
-    runs = choose_runs(directory, choice)
+    runs = chosen_runs(directory, choice)
     _check_interventions(directory, runs, wanted)
     folder = out / "measurements"
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,34 +196,33 @@ def study(
         old.unlink()
     parts: dict[str, list[pl.DataFrame]] = {"eigenvalues": [], "effects": [], "decodability": []}
     for index, run in enumerate(runs.iter_rows(named=True)):
+        about, length = {name: run[name] for name in RUN_COLUMNS}, run["length"]
         if on_line is not None:
-            where = f"{run['task']}, {run['arm']}, seed {run['seed']}, length {run['eval_length']}"
+            where = f"{run['task']}, {run['arm']}, seed {run['seed']}, length {length}"
             on_line(f"{index + 1}/{len(runs)} {where}")
         model = load_model(directory, run["run_id"])
         task = synthetic_tasks.get(run["task"], **json.loads(run["task_params"]))
-        about = {name: run[name] for name in RUN_COLUMNS}
-        length = run["eval_length"]
         count = n_sequences or min(256, max(64, _TOKENS // length))
-        batch = task.sample(SEQUENCES, length, split="test")
-        frame = measure(model, (batch.tokens, batch.targets), task=task, train_length=run["train_length_max"])
-        _about(frame, about).write_parquet(folder / f"{run['run_id']}-{length}.parquet")
+        row = runs[index].with_columns(test_lengths=pl.lit(None))
+        (frame,) = measure_runs(directory, row, lengths=[length], examples=SEQUENCES, split="test")
+        frame.write_parquet(folder / f"{run['run_id']}-{length}.parquet")
         look = task.sample(LOOKED_AT, length, split="valid")
-        classes = token_classes(task, look.tokens, look.targets)
-        everywhere = {"all": torch.ones_like(look.targets, dtype=torch.bool)}
-        parts["eigenvalues"].append(_about(head_eigenvalues(model, look.tokens, everywhere | classes), about))
+        classes = {"all": torch.ones_like(look.targets, dtype=torch.bool)}
+        classes |= token_classes(task, look.tokens, look.targets)
+        parts["eigenvalues"].append(_about(head_eigenvalues(model, look.tokens, classes), about))
         if wanted is None or wanted:
             table = measure_effects(model, task, length, interventions=wanted, n_sequences=count)
             parts["effects"].append(_about(table, about))
-        lengths = runs.filter(run_id=run["run_id"])["eval_length"].to_list()
+        lengths = runs.filter(run_id=run["run_id"])["length"].to_list()
         if length == max(lengths):
             table = measure_decodability(model, task, lengths, n_fit=4 * count, n_test=2 * count)
-            parts["decodability"].append(
-                _about(table, {k: v for k, v in about.items() if k != "eval_length"})
-            )
+            del about["length"]  # the table has its own
+            parts["decodability"].append(_about(table, about))
     schemas = {"eigenvalues": EIGENVALUE_COLUMNS, "effects": EFFECT_COLUMNS, "decodability": PROBE_COLUMNS}
     tables = {"runs": runs}
     for name, frames in parts.items():
-        empty = pl.DataFrame(schema=_schema(RUN_COLUMNS | schemas[name]))
+        columns = RUN_COLUMNS | schemas[name]
+        empty = pl.DataFrame(schema={column: kind for column, (kind, _) in columns.items()})
         tables[name] = pl.concat([empty, *(frame.select(empty.columns) for frame in frames)])
     for name, frame in tables.items():
         frame.write_parquet(out / f"{name}.parquet")
@@ -243,7 +233,7 @@ def study(
 
 def _about(frame: pl.DataFrame, about: dict[str, Any]) -> pl.DataFrame:
     """The frame with what it is about in front."""
-    kinds = _schema(RUN_COLUMNS)
+    kinds = _schema(about)
     columns = [pl.lit(value, dtype=kinds[name]).alias(name) for name, value in about.items()]
     return frame.select(*columns, pl.all())
 
@@ -255,7 +245,7 @@ def _check_interventions(directory: Path, runs: pl.DataFrame, wanted: Iterable[I
     for run in runs.unique("run_id", maintain_order=True).iter_rows(named=True) if wanted else ():
         model = load_model(directory, run["run_id"])
         task = synthetic_tasks.get(run["task"], **json.loads(run["task_params"]))
-        batch = task.sample(1, run["eval_length"])
+        batch = task.sample(1, run["length"])
         classes = token_classes(task, batch.tokens, batch.targets)
         for intervention in wanted or ():
             try:

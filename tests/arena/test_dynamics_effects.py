@@ -8,6 +8,7 @@ import torch
 
 import synthetic_tasks
 from arena.dynamics import effects
+from arena.dynamics.classes import token_classes
 from arena.dynamics.intervene import Edit, parse_edit
 from arena.model import ModelConfig, build_model
 
@@ -98,16 +99,16 @@ def test_few_sequences_have_no_interval():
 def test_classes_follow_the_automaton():
     task = synthetic_tasks.get("s3")
     batch = task.sample(3, 12)
-    classes = effects.token_classes(task, batch.tokens, batch.targets)
+    classes = token_classes(task, batch.tokens, batch.targets)
     before = torch.cat([torch.zeros(3, 1, dtype=torch.int64), batch.targets[:, :-1]], 1)
     assert torch.equal(classes["moves"], batch.targets != before)
     assert torch.equal(classes["moves"], batch.tokens != 0)  # element 0 is the identity
     final = synthetic_tasks.get("parity")
     batch = final.sample(3, 12)
-    assert torch.equal(effects.token_classes(final, batch.tokens, batch.targets)["moves"], batch.tokens == 1)
+    assert torch.equal(token_classes(final, batch.tokens, batch.targets)["moves"], batch.tokens == 1)
     rebind = synthetic_tasks.get("rebind")
     batch = rebind.sample(3, 64)
-    assert set(effects.token_classes(rebind, batch.tokens, batch.targets)) == set(synthetic_tasks.ROLES)
+    assert set(token_classes(rebind, batch.tokens, batch.targets)) == set(synthetic_tasks.ROLES)
 
 
 @pytest.mark.parametrize("channels", [1, 5])
@@ -128,7 +129,7 @@ def test_least_eigenvalue(channels):
 
 def test_eigenvalues_of_the_counter():
     batch = TASK.sample(8, 20)
-    classes = effects.token_classes(TASK, batch.tokens, batch.targets)
+    classes = token_classes(TASK, batch.tokens, batch.targets)
     table = effects.head_eigenvalues(parity_model(counter=2), batch.tokens, classes)
     counter = table.filter(head=2)
     found = dict(counter.select("tokens", "least_eigenvalue").iter_rows())

@@ -6,7 +6,8 @@ import torch
 
 import arena
 import synthetic_tasks
-from arena.dynamics.effects import sequence_accuracy, token_classes
+from arena.dynamics.classes import token_classes
+from arena.dynamics.effects import sequence_accuracy
 from arena.dynamics.hooks import gates_of, hooked
 from arena.dynamics.intervene import Edit, check, edited, parse_edit, prepare
 from arena.memory import NAMED

@@ -17,7 +17,7 @@ PARITY = synthetic_tasks.get("parity", supervision="running")
 
 def test_the_state_of_the_counter_holds_parity_at_every_length():
     table = probe.measure_decodability(parity_model(), PARITY, [20, 60], n_fit=128, n_test=128)
-    assert table.select("eval_length", "fitted_length").rows() == [(20, 20), (60, 60), (60, 20)]
+    assert table.select("length", "fitted_length").rows() == [(20, 20), (60, 60), (60, 20)]
     assert (table["accuracy"] == 1).all() and (table["low"] > 0.97).all()
     assert table["control"].is_between(0.4, 0.6).all()
     assert set(table["label"]) == {"automaton state"} and table["r2"].null_count() == 3

@@ -1,0 +1,202 @@
+"""`arena dynamics` on a small grid that is really trained: tables, figures, page, refusals."""
+
+from html.parser import HTMLParser
+
+import polars as pl
+import pytest
+
+from arena.dynamics import findings
+from arena.dynamics.dictionary import QUANTITIES
+from arena.dynamics.effects import EFFECT_COLUMNS
+from arena.dynamics.page import make_page, to_html
+from arena.dynamics.probe import PROBE_COLUMNS
+from arena.dynamics.study import Choice, study
+from arena.grid import run_experiment
+from arena.grid.experiment import ExperimentError, parse_experiment
+from arena.report.document import Document, Section
+
+TINY = {
+    "name": "tiny",
+    "title": "Tiny <memories> & more",
+    "archs": ["attention", "gdn-neg", "slstm"],
+    "seeds": 2,
+    "model": {"d_model": 8, "n_layers": 1, "n_heads": 2},
+    "train": {"steps": 2, "batch_size": 4, "eval_examples": 8},
+    "tasks": [
+        {"name": "rebind", "params": {"n_keys": 2, "n_key_tokens": 4, "n_value_tokens": 4},
+         "train_lengths": [24, 24], "eval_lengths": [32]},
+        {"name": "parity", "train_lengths": [3, 12], "eval_lengths": [24]},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dynamics") / "results"
+    report = run_experiment(parse_experiment(TINY, label="tiny"), folder, workers=1)
+    assert not report.failed
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(results):
+    out = results.parent / "out"
+    lines = []
+    tables = study(results, out, Choice(), n_sequences=16, on_line=lines.append)
+    return out, tables, lines, make_page(tables, results, out)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.attributes, self.words = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_stands_alone_and_has_every_section(measured):
+    out, _, _, written = measured
+    assert written[0] == out / "page.html" and all(path.exists() for path in written)
+    text = written[0].read_text()
+    page = Page(text)
+    assert page.open == []
+    links = [value for _, name, value in page.attributes if name in ("src", "href")]
+    assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    assert "http" not in text and "url(" not in text and "<script" not in text
+    words = " ".join(page.words)
+    assert "Memory dynamics: Tiny <memories> & more" in words and "Tiny &lt;memories&gt; &amp; more" in text
+    for heading in (
+        "rebind: side by side, length 32", "parity: side by side, length 24", "Do the heads that flip",
+        "Which gate matters where", "Eigenvalues", "Gates", "Retention", "State beyond the training length",
+        "Edit quality", "Decodability", "What cannot be said", "Data",
+    ):  # fmt: skip
+        assert heading in words
+    anchors = {value for _, name, value in page.attributes if name == "id"}
+    assert {link[1:] for link in links if link[0] == "#"} == anchors
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    assert words.index("rebind: side") < words.index("parity: side")  # the order of the experiment file
+
+
+def test_markdown_says_the_same(measured):
+    out, _, _, written = measured
+    markdown = (out / "page.md").read_text()
+    assert "## Which gate matters where" in markdown and "| gdn-neg | 2 |" in markdown
+    for path in written[2:]:
+        assert f"]({path.name})" in markdown
+
+
+def test_tables_are_tidy_and_described(measured):
+    out, tables, lines, _ = measured
+    assert len(tables.runs) == len(lines) == 2 * 3 * 2 * 2  # tasks, architectures, seeds, lengths
+    assert set(tables.effects["arm"]) == {"attention", "gdn-neg", "slstm"}
+    assert set(tables.decodability["arm"]) == {"attention", "gdn-neg", "slstm"}
+    dictionary = (out / "dictionary.md").read_text()
+    names = {*tables.runs.columns, *tables.effects.columns, *tables.eigenvalues.columns}
+    for name in names | {*tables.decodability.columns, *QUANTITIES}:
+        assert f"`{name}`" in dictionary
+    assert set(EFFECT_COLUMNS) < set(tables.effects.columns)
+    assert set(PROBE_COLUMNS) < set(tables.decodability.columns)
+    stored = pl.read_parquet(out / "effects.parquet")
+    assert stored.equals(tables.effects) and (out / "effects.csv").exists()
+    quantities = set(tables.measurements.select("quantity").unique().collect()["quantity"])
+    assert {"erase", "half_life", "old_value_left", "eigenvalue_min", "memory_length"} <= quantities
+    slstm = tables.measurements.filter(pl.col("arm") == "slstm", pl.col("quantity") == "erase").collect()
+    assert len(slstm) and slstm["value"].null_count() == len(slstm)
+
+
+def test_sentences_are_made_of_the_tables_numbers(measured):
+    out, tables, _, _ = measured
+    parity = {"task": "parity", "arm": "gdn-neg", "change": "write frozen at its mean", "role": "all"}
+    effects = tables.effects.filter(length=24, **parity)["effect"].to_list()
+    assert f"write {findings.span(effects)}" in (out / "page.md").read_text()
+
+
+def test_numbers():
+    assert [findings.number(x) for x in (0.9712, -0.004, 0.006, 12.34, 210.2, 3e6, -0.0)] == [
+        "0.97", "0.00", "0.006", "12", "210", "3.0e+06", "0.00",
+    ]  # fmt: skip
+    assert findings.span([0.5, 0.7]) == "0.60 (0.50 to 0.70)" and findings.span([0.5, 0.5]) == "0.50"
+    assert findings.span([]) == "-"
+
+
+def test_a_choice_narrows_the_study(results, tmp_path):
+    choice = Choice(
+        arms=["gdn-neg"], tasks=["rebind"], lengths=[24], interventions=["erase:zero@class=query"]
+    )
+    tables = study(results, tmp_path, choice, n_sequences=16)
+    assert tables.runs.select("task", "arm", "length").unique().rows() == [("rebind", "gdn-neg", 24)]
+    assert tables.effects.select("change", "tokens", "role").unique().rows() == [
+        ("erase = 0", "query", "chosen")
+    ]
+    none = study(
+        results, tmp_path, Choice(arms=["slstm"], lengths=[24], interventions=["none"]), n_sequences=16
+    )
+    assert none.effects.is_empty() and len(list((tmp_path / "measurements").glob("*"))) == 4
+    assert make_page(none, results, tmp_path)[0].exists()
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (Choice(arms=["gdn-nag"]), "gdn-nag.*did you mean gdn-neg"),
+        (Choice(tasks=["parities"]), "parities.*did you mean parity"),
+        (Choice(lengths=[25]), "rebind: length 25 is not legal"),
+        (Choice(interventions=["erase:zero"]), "attention on .*: erase = 0: layer 0 .* has no erase gate"),
+        (Choice(arms=["gdn-neg"], interventions=["erase:zero@class=querry"]), "no class of tokens 'querry'"),
+        (Choice(interventions=["standard", "none"]), "standard, none, or a list"),
+        (Choice(interventions=["erase:drop"]), "cannot 'drop' a gate"),
+    ],
+)
+def test_wrong_choices_are_refused_before_anything_is_written(results, tmp_path, choice, message):
+    with pytest.raises(ExperimentError, match=message):
+        study(results, tmp_path / "new", choice)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "is not a result folder"),
+        (["RESULTS", "--arch", "gdn-nag"], "did you mean gdn-neg"),
+        (["RESULTS", "--length", "24,x"], "--length is numbers with commas between"),
+        (["RESULTS", "--length", "0"], "--length is numbers with commas between"),
+        (["RESULTS", "--intervene", "erase"], "cannot read the intervention 'erase'"),
+        (["RESULTS", "--intervene", "eraze:zero"], "there is no gate 'eraze'"),
+    ],
+)
+def test_the_command_refuses_with_one_line(results, capsys, arguments, message):
+    from arena.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["dynamics", *(str(results) if word == "RESULTS" else word for word in arguments)])
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert message in told.err and told.err.count("\n") == 1 and not told.out
+
+
+def test_the_command(results, capsys):
+    from arena.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["dynamics", str(results), "--arm", "gdn-neg", "--task", "parity", "--length", "24"])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert "1/2 parity, gdn-neg, seed 0, length 24" in told
+    assert str(results / "dynamics" / "page.html") in told
+
+
+def test_html_of_any_document():
+    section = Section(heading="A", lines=[f"<{i}>" for i in range(12)], columns=["x"], rows=[["a|b"]])
+    page = Page(to_html(Document(title="T", claim="", notes=["n"], sections=[section])))
+    assert "<11>" in page.words and "4 more" in page.words

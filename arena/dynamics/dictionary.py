@@ -163,6 +163,13 @@ QUANTITIES: dict[str, Quantity] = {
         "distance to the nearest orthogonal map; a permutation in any orthonormal basis is no nearer",
         "sqrt(sum_i (s_i(M_t) - 1)^2)",
     ),
+    "key_rank": Quantity(
+        "transition",
+        "1",
+        "head",
+        "over how many directions the keys are spread",
+        "exp(-sum_i p_i ln p_i), p eigenvalues of sum k k^T over tokens and sequences, over their sum",
+    ),
     "window_norm": Quantity(
         "transition",
         "1",

@@ -59,6 +59,8 @@ class LayerMeasurement:
         self.edits = Edits(*writes) if writes is not None and "edit" in self.families else None
         self.edited: dict[str, list[tuple[Event, Tensor, int]]] = {}
         self.tail: dict[str, Tensor] = {}
+        self.gram: Tensor | float = 0.0
+        self.keys = 0
         self.past: list[Past] = []
         self.log_norm: Tensor | None = None
 
@@ -93,6 +95,8 @@ class LayerMeasurement:
             self._add_all("half_life", half_life(mean.mean(-1)), self.decays * mean.shape[-1])
             channels = torch.arange(mean.shape[-1])
             self._add_all("half_life_channel", half_life(mean.T), self.decays, index=channels)
+        if isinstance(self.gram, Tensor):
+            self._add_all("key_rank", effective_rank(tr.singular_values(self.gram)), self.keys)
         for name, edits in self.edited.items():
             if name in self.wanted:
                 place = torch.tensor([[event.sequence, event.position, n] for event, _, n in edits])
@@ -196,6 +200,8 @@ class LayerMeasurement:
 
     def _transitions(self, trace: Mapping[str, Tensor], start: int, here: Tensor) -> None:
         fields = {name: trace[name].double() for name in ("k", "decay", "erase")}
+        self.gram = self.gram + torch.einsum("bthk,bthl->hkl", fields["k"], fields["k"])
+        self.keys += fields["k"].shape[0] * fields["k"].shape[1]
         joined = {name: torch.cat([self.tail[name], x], 1) if self.tail else x for name, x in fields.items()}
         before = joined["k"].shape[1] - fields["k"].shape[1]
         self.tail = {name: x[:, max(x.shape[1] - self.window + 1, 0) :] for name, x in joined.items()}

@@ -128,7 +128,7 @@ def contributions(
             weights[rows, :, lag[rows]] = value[rows]
         if piece.start <= low:
             break
-    cut = token - first + 1 > weights.shape[-1]
+    cut = token + 1 > horizon
     left = carried.norm(dim=-1) / begun.norm(dim=-1) if matrix else (carried - begun).exp().mean(-1)
     return weights, torch.where(cut[:, None], left, 0.0)
 

@@ -99,6 +99,15 @@ def test_a_swap_is_a_permutation_and_a_reflection():
     close(values(frame, "reflection_distance"), 0.0, atol=1e-7)
 
 
+def test_key_rank_counts_directions():
+    """Keys along two of three directions, one three times as often as the other."""
+    eye = torch.eye(3, dtype=torch.float64)
+    k = eye[[0, 0, 1, 0]][:, None]
+    frame = measure(Frozen(k, k, k), steps(4), quantities=["transition"], chunk=3)
+    close(values(frame, "key_rank"), math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
+    assert frame.filter(pl.col("quantity") == "key_rank")["n"].to_list() == [4]
+
+
 def test_signed_decay():
     frame = measure(
         frozen(decay=-0.5),
@@ -156,9 +165,11 @@ def test_contributions_of_plain_decay():
     age = sum(g**lag * lag for lag in range(n)) / sum(g**lag for lag in range(n))
     close(values(frame, "contribution_age"), age)
     close(values(frame, "gain_beyond"), 0.0)
-    cut = measure(Frozen(one, one, one, decay=g), steps(T), quantities=["retention"], reads=1, horizon=4)
-    close(values(cut, "contribution"), [g**lag for lag in range(4)])
-    close(values(cut, "gain_beyond"), g**4)
+    for chunk in (1, 2, 3, 4, 12):
+        block = Frozen(one, one, one, decay=g)
+        cut = measure(block, steps(T), quantities=["retention"], reads=1, horizon=4, chunk=chunk)
+        close(values(cut, "contribution"), [g**lag for lag in range(4)])
+        close(values(cut, "gain_beyond"), g**4)
 
 
 def test_parity_by_a_reflection():

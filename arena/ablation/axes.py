@@ -111,7 +111,7 @@ def parse_level(axis: str, value: Any) -> Level:
         try:
             value = float(value)
         except ValueError:
-            levels = [_text(level) for level in info.levels]
+            levels = [level_text(level) for level in info.levels]
             hint = near(value, levels)
             known = "" if hint.startswith("; known") else f"; known: {', '.join(levels)}"
             number = f"; a number {info.number}" if info.number else ""
@@ -119,9 +119,8 @@ def parse_level(axis: str, value: Any) -> Level:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ExperimentError(f"a level of axis {axis!r} is text or a number, not {value!r}")
     if not info.number and float(value) not in info.levels:
-        raise ExperimentError(
-            f"axis {axis!r} has no level {value:g}; known: {', '.join(_text(level) for level in info.levels)}"
-        )
+        known = ", ".join(map(level_text, info.levels))
+        raise ExperimentError(f"axis {axis!r} has no level {value:g}; known: {known}")
     frozen = {("write", 1.0): "one", ("erase", 0.0): "none"}  # the same memory has one name
     return frozen.get((axis, float(value)), float(value))
 
@@ -136,7 +135,7 @@ def wanted_points(axes: Mapping[str, Sequence[Level]], presets: Iterable[str]) -
     parsed = {axis: [parse_level(axis, value) for value in values] for axis, values in axes.items()}
     for axis, levels in parsed.items():
         if len(set(levels)) < len(levels):
-            raise ExperimentError(f"axis {axis!r} repeats a level: {', '.join(map(_text, levels))}")
+            raise ExperimentError(f"axis {axis!r} repeats a level: {', '.join(map(level_text, levels))}")
         if not levels:
             raise ExperimentError(f"axis {axis!r} has no levels: give some, or leave it out")
     count = 1
@@ -225,7 +224,9 @@ def _frozen(level: Level) -> tuple[str, float | None]:
 def label(arch: str, levels: Levels, base: Levels) -> str:
     """``gdn2 erase=mean write=mean``: the architecture and what differs from it, idle axes apart."""
     words = [
-        f"{axis}={_text(level)}" for axis, level in levels.items() if level != base[axis] and level != IDLE
+        f"{axis}={level_text(level)}"
+        for axis, level in levels.items()
+        if level != base[axis] and level != IDLE
     ]
     return " ".join([arch, *words])
 
@@ -238,5 +239,6 @@ def named(spec: GateSpec) -> str | None:
     return None
 
 
-def _text(level: Level) -> str:
+def level_text(level: Level) -> str:
+    """A level as it is typed."""
     return level if isinstance(level, str) else f"{level:g}"

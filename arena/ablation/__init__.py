@@ -1,1 +1,15 @@
-"""Ablations: grids in gate space around one architecture."""
+"""Ablations: grids in gate space around one architecture, each point tuned on its own."""
+
+from __future__ import annotations
+
+from arena.ablation.render import is_ablation, make_ablation, record_ablation
+from arena.ablation.request import Ablation, ablation_request, plan_ablation
+
+__all__ = [
+    "Ablation",
+    "ablation_request",
+    "is_ablation",
+    "make_ablation",
+    "plan_ablation",
+    "record_ablation",
+]

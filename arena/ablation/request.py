@@ -43,6 +43,7 @@ def ablation_request(
     *,
     arch: str | None = None,
     tasks: Sequence[str] = (),
+    points: int | None = None,
     seeds: int | None = None,
     steps: int | None = None,
     axes: Mapping[str, Sequence[Level]] | None = None,
@@ -54,7 +55,8 @@ def ablation_request(
         source: file or bare name; None: ``arch`` and ``tasks`` in the setting of ``quickstart``.
         arch: the architecture to walk around.
         tasks: those of the file to keep; without a file, any.
-        seeds: number of seeds.
+        points: of the search, for every point of the ablation and task.
+        seeds: number of fresh seeds that are tested.
         steps: training steps of every task.
         axes: axis -> levels, each in place of the file's.
         presets: in place of the file's.
@@ -65,7 +67,9 @@ def ablation_request(
     archs = [arch] if arch is not None else []
     if source is None and not (archs and tasks):
         raise ExperimentError("nothing to ablate: give an experiment, or --arch and --task")
-    experiment = request(source, archs=archs, tasks=tasks, seeds=seeds, steps=steps)
+    experiment = request(
+        source, archs=archs, tasks=tasks, steps=steps, points=points, report_seeds=seeds
+    )
     section = experiment.ablation or AblationSection()
     changed = section.model_dump() | {axis: list(levels) for axis, levels in (axes or {}).items()}
     if presets:

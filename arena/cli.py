@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from arena.cli_ablate import ablate
+
 if TYPE_CHECKING:
     from arena.grid import GridReport
+    from arena.grid.experiment import Experiment
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -86,7 +89,8 @@ def wrong(line: str) -> NoReturn:
     raise typer.Exit(WRONG)
 
 
-def _names(option: str, text: str | None) -> list[str]:
+def names(option: str, text: str | None) -> list[str]:
+    """The names of an option, between commas."""
     if text is None:
         return []
     names = [name.strip() for name in text.split(",")]
@@ -161,9 +165,9 @@ def grid(
     """Train a grid of tasks x architectures x seeds. Run it again to do what is missing."""
     from arena.grid.request import request
 
-    _check_machine(device, workers, out)
+    check_machine(device, workers, out)
     wanted = request(
-        experiment, archs=_names("--arch", arch), tasks=_names("--task", task), seeds=seeds, steps=steps
+        experiment, archs=names("--arch", arch), tasks=names("--task", task), seeds=seeds, steps=steps
     )
     directory = Path(out) if out is not None else Path("results") / wanted.name
 
@@ -188,7 +192,8 @@ def grid(
     return _told(report, directory)
 
 
-def _check_machine(device: str, workers: int | None, out: str | None) -> None:
+def check_machine(device: str, workers: int | None, out: str | None) -> None:
+    """Refuse values that no command can use."""
     if device not in ("cpu", "cuda"):
         wrong(f"--device is cpu or cuda, not {device!r}")
     if workers is not None and not 1 <= workers <= 4096:
@@ -240,24 +245,31 @@ def tune(
     """
     from arena.grid.request import request
 
-    _check_machine(device, workers, out)
+    check_machine(device, workers, out)
     wanted = request(
         experiment,
-        archs=_names("--arch", arch),
-        tasks=_names("--task", task),
+        archs=names("--arch", arch),
+        tasks=names("--task", task),
         steps=steps,
         points=trials,
         report_seeds=seeds,
     )
     directory = Path(out) if out is not None else Path("results") / wanted.name
 
+    return run_tuning(wanted, directory, device=device, workers=workers, storage=storage)
+
+
+def run_tuning(
+    wanted: Experiment, directory: Path, *, device: str, workers: int | None, storage: str | None
+) -> int:
+    """Tune and say how it goes; the exit status."""
     from arena.grid import StoreError
     from arena.grid.display import GridDisplay
-    from arena.tuning import tune as run_tuning
+    from arena.tuning import tune
 
     with GridDisplay(console) as display:
         try:
-            report = run_tuning(
+            report = tune(
                 wanted,
                 directory,
                 device=device,
@@ -280,6 +292,9 @@ def tune(
     return _told(report, directory)
 
 
+app.command()(ablate)
+
+
 def _again() -> str:
     import shlex
 
@@ -296,6 +311,10 @@ def report(directory: Annotated[Path, typer.Argument(help="A result folder of ar
         written = make_report(directory, console)
     for line in dict.fromkeys(str(entry.message) for entry in caught if entry.category is UserWarning):
         complain(line)
+    from arena.ablation import is_ablation, make_ablation
+
+    if is_ablation(directory):
+        written += make_ablation(directory, console)
     print("written: " + ", ".join(str(path) for path in written))
     return OK
 

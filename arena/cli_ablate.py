@@ -62,7 +62,15 @@ def ablate(
     no sense are listed with their reason and left out. Run it again to go on.
     """
     from arena import cli
-    from arena.ablation import ablation_request, make_ablation, plan_ablation, record_ablation
+    from arena.ablation import (
+        ablation_request,
+        make_ablation,
+        plan_ablation,
+        record_ablation,
+        seeds_for_a_claim,
+    )
+    from arena.grid import StoreError
+    from arena.grid.tuning_section import TuningSection
 
     cli.check_machine(device, workers, out)
     flags = {
@@ -96,11 +104,20 @@ def ablate(
     print(f"{len(ablation.experiment.archs)} points: {', '.join(ablation.experiment.archs)}")
     for point, reason in ablation.left_out.items():
         print(f"left out: {point}: {reason}")
-    status = cli.run_tuning(
-        ablation.experiment, directory, device=device, workers=workers, storage=storage
-    )
+    comparisons, needed = seeds_for_a_claim(ablation)
+    tested = len((ablation.experiment.tuning or TuningSection()).report_seeds)
+    if tested < needed:
+        print(
+            f"no claims: {comparisons} main effects on {tested} seeds; with --seeds {needed} there can be some"
+        )
+    status = cli.run_tuning(ablation.experiment, directory, device=device, workers=workers, storage=storage)
     record_ablation(directory, ablation)
-    if status in (cli.OK, cli.FAILED):
+    if status == cli.INTERRUPTED:
+        return status
+    try:
         written = make_ablation(directory, cli.console)
-        print("written: " + ", ".join(str(path) for path in written))
+    except StoreError as error:  # no run has ended well
+        cli.complain(str(error))
+        return cli.FAILED
+    print("written: " + ", ".join(str(path) for path in written))
     return status

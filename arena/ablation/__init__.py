@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from arena.ablation.effects import seeds_for_a_claim
 from arena.ablation.render import is_ablation, make_ablation, record_ablation
 from arena.ablation.request import Ablation, ablation_request, plan_ablation
 
@@ -12,4 +13,5 @@ __all__ = [
     "make_ablation",
     "plan_ablation",
     "record_ablation",
+    "seeds_for_a_claim",
 ]

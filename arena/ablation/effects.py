@@ -17,7 +17,7 @@ import polars as pl
 import torch
 
 from arena.ablation.axes import AXES, IDLE, Level, Levels, level_text, named
-from arena.ablation.request import gates_of_model
+from arena.ablation.request import Ablation, gates_of_model
 from arena.memory import GateSpec
 from arena.model import ModelConfig, build_model
 from arena.statistics import (
@@ -148,6 +148,18 @@ def effect_table(rows: pl.DataFrame, base: str, ledger: pl.DataFrame | None = No
     if not found:
         return pl.DataFrame()
     return _judged(pl.DataFrame(found, infer_schema_length=None))
+
+
+def seeds_for_a_claim(ablation: Ablation) -> tuple[int, int]:
+    """How many main effects an ablation will test, and the fewest seeds with which one can be a claim."""
+    entries = {
+        arm: {axis: level_text(level) for axis, level in levels.items()}
+        for arm, levels in ablation.levels.items()
+    }
+    changes = sum(
+        fields["kind"] == "main" for fields, *_ in _contrasts(entries, entries[ablation.base])
+    ) * len(ablation.experiment.tasks)
+    return changes, max(MIN_UNITS, seeds_needed(max(changes, 1), ALPHA))
 
 
 def summary(values: Sequence[float]) -> dict[str, float | int | None]:

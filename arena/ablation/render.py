@@ -41,7 +41,7 @@ def record_ablation(directory: str | Path, ablation: Ablation) -> None:
     """Write down what was asked for: what the report is about."""
     folder = Path(directory) / FOLDER
     folder.mkdir(exist_ok=True)
-    record = {"base": ablation.base, "left_out": ablation.left_out}
+    record = {"points": ablation.experiment.archs, "left_out": ablation.left_out}
     write_whole(folder / _REQUEST, json.dumps(record, indent=1).encode())
 
 
@@ -63,17 +63,20 @@ def make_ablation(directory: str | Path, console: Console | None = None) -> list
     if not is_ablation(directory):
         raise StoreError(f"{directory} holds no ablation: arena ablate makes one")
     request = read_record(folder / _REQUEST)
-    rows = load_results(directory)
+    base, *_ = order = request["points"]
+    places = {arm: place for place, arm in enumerate(order)}
+    rows = load_results(directory).filter(pl.col("arm").is_in(order))
+    rows = rows.sort(pl.col("arm").replace_strict(places, return_dtype=pl.Int64), maintain_order=True)
     path = directory / "tuning" / "ledger.parquet"
     ledger = pl.read_parquet(path) if path.exists() else None
-    points = point_table(rows, request["base"], ledger)
+    points = point_table(rows, base, ledger)
     if points.is_empty():
         raise StoreError(f"{directory} holds no tested runs yet: the same arena ablate command goes on")
-    effects = effect_table(rows, request["base"], ledger)
+    effects = effect_table(rows, base, ledger)
     labels = task_labels(rows.filter(pl.col("status") != "failed"))
     sentences = axis_sentences(effects, labels)
     tables = [
-        _point_grid(points, labels, request["base"]),
+        _point_grid(points, labels, base),
         *_effect_grids(effects, labels),
     ]
     if request["left_out"]:
@@ -83,7 +86,7 @@ def make_ablation(directory: str | Path, console: Console | None = None) -> list
     from arena.ablation.figure import ablation_figure
 
     written = [folder / name for name in ("ablation.md", "points.parquet", "effects.parquet", "ablation.png")]
-    title = f"Ablation of {request['base']}"
+    title = f"Ablation of {base}"
     written[0].write_text(_markdown(title, sentences, tables), encoding="utf-8")
     points.write_parquet(written[1])
     effects.write_parquet(written[2])

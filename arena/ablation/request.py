@@ -29,6 +29,8 @@ class Ablation:
 
     experiment: Experiment
     """With an arm for every point; the base is its first name."""
+    levels: dict[str, Levels]
+    """Name of a point -> its level on every axis."""
     left_out: dict[str, str]
     """Label of a point that cannot be -> why, in one line."""
 
@@ -67,9 +69,7 @@ def ablation_request(
     archs = [arch] if arch is not None else []
     if source is None and not (archs and tasks):
         raise ExperimentError("nothing to ablate: give an experiment, or --arch and --task")
-    experiment = request(
-        source, archs=archs, tasks=tasks, steps=steps, points=points, report_seeds=seeds
-    )
+    experiment = request(source, archs=archs, tasks=tasks, steps=steps, points=points, report_seeds=seeds)
     section = experiment.ablation or AblationSection()
     changed = section.model_dump() | {axis: list(levels) for axis, levels in (axes or {}).items()}
     if presets:
@@ -117,6 +117,7 @@ def plan_ablation(experiment: Experiment) -> Ablation:
     plain = experiment.model_copy(update={"ablation": None})
     arms: dict[str, Arm] = {}
     left_out: dict[str, str] = {}
+    kept = {arch: base}
     seen = [base]
     for point in wanted:
         levels = completed(point, base)
@@ -132,7 +133,7 @@ def plan_ablation(experiment: Experiment) -> Ablation:
         except ValueError as error:
             left_out[name] = one_line(error).split(": GateSpec(")[0]
         else:
-            arms[name] = arm
+            arms[name], kept[name] = arm, levels
     if not arms:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ExperimentError(f"no point to compare {arch!r} with{': ' if reasons else ''}{reasons}")
@@ -140,7 +141,8 @@ def plan_ablation(experiment: Experiment) -> Ablation:
         "archs": [arch, *arms],
         "arms": {name: arm.model_dump(exclude_none=True) for name, arm in arms.items()},
     }
-    return Ablation(experiment=parse_experiment(data, label=experiment.name), left_out=left_out)
+    planned = parse_experiment(data, label=experiment.name)
+    return Ablation(experiment=planned, levels=kept, left_out=left_out)
 
 
 def gates_of_model(model: Model) -> tuple[GateSpec, Levels]:

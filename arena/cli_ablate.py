@@ -91,7 +91,7 @@ def ablate(
     ablation = plan_ablation(
         ablation_request(
             experiment,
-            arch=arch,
+            archs=cli.names("--arch", arch),
             tasks=cli.names("--task", task),
             points=trials,
             seeds=seeds,
@@ -107,9 +107,7 @@ def ablate(
     comparisons, needed = seeds_for_a_claim(ablation)
     tested = len((ablation.experiment.tuning or TuningSection()).report_seeds)
     if tested < needed:
-        print(
-            f"no claims: {comparisons} main effects on {tested} seeds; with --seeds {needed} there can be some"
-        )
+        print(f"no claims: {comparisons} main effects on {tested} seeds; --seeds {needed} can give some")
     status = cli.run_tuning(ablation.experiment, directory, device=device, workers=workers, storage=storage)
     record_ablation(directory, ablation)
     if status == cli.INTERRUPTED:

@@ -197,7 +197,7 @@ def _paired(points: Sequence[Scores], signs: Sequence[int]) -> list[float]:
     return [value for _, value in sorted(_paired_by_seed(points, signs).items())]
 
 
-Contrast = tuple[dict[str, Any], list[tuple[str, ...]], tuple[int, ...]]
+Contrast = tuple[dict[str, Any], Sequence[tuple[str, ...]], tuple[int, ...]]
 """What an effect is, the points of each context, and the sign of each point."""
 
 

@@ -121,7 +121,7 @@ def _point_grid(points: pl.DataFrame, labels: Mapping[tuple[str, str], str], bas
             ]
         )
     tasks = [
-        f"{label}, length {here.filter(task=key[0], task_params=key[1])['eval_length'].max()}"
+        f"{label}, length {max(here.filter(task=key[0], task_params=key[1])['eval_length'])}"
         for key, label in labels.items()
     ]
     return _Table(
@@ -166,7 +166,7 @@ def _effect_grids(effects: pl.DataFrame, labels: Mapping[tuple[str, str], str]) 
             same = mine.filter(pl.col(name).eq_missing(value) for name, value in fields.items())
             cells = {(row["task"], row["task_params"]): row for row in same.iter_rows(named=True)}
             texts = [_judged_text(cells[key]) if key in cells else "-" for key in labels]
-            rows.append([what, f"{same['contexts'].max()}", *texts])
+            rows.append([what, f"{max(same['contexts'])}", *texts])
         if rows:
             found.append(_Table(heading=heading, columns=["change", "contexts", *labels.values()], rows=rows))
     return found

@@ -43,7 +43,7 @@ class Ablation:
 def ablation_request(
     source: str | None,
     *,
-    arch: str | None = None,
+    archs: Sequence[str] = (),
     tasks: Sequence[str] = (),
     points: int | None = None,
     seeds: int | None = None,
@@ -54,8 +54,8 @@ def ablation_request(
     """The experiment of a file with what the command line changes; see ``arena.grid.request.request``.
 
     Args:
-        source: file or bare name; None: ``arch`` and ``tasks`` in the setting of ``quickstart``.
-        arch: the architecture to walk around.
+        source: file or bare name; None: ``archs`` and ``tasks`` in the setting of ``quickstart``.
+        archs: the architecture to walk around: one name.
         tasks: those of the file to keep; without a file, any.
         points: of the search, for every point of the ablation and task.
         seeds: number of fresh seeds that are tested.
@@ -66,7 +66,6 @@ def ablation_request(
     Raises:
         ExperimentError: one line.
     """
-    archs = [arch] if arch is not None else []
     if source is None and not (archs and tasks):
         raise ExperimentError("nothing to ablate: give an experiment, or --arch and --task")
     experiment = request(source, archs=archs, tasks=tasks, steps=steps, points=points, report_seeds=seeds)

@@ -13,7 +13,9 @@ from arena.model import ModelConfig
 
 
 def planned(arch="gdn2", tasks=("rebind", "mqar"), presets=(), **axes):
-    return plan_ablation(ablation_request(None, arch=arch, tasks=tasks, axes=axes, presets=presets))
+    return plan_ablation(
+        ablation_request(None, archs=[arch] if arch else [], tasks=tasks, axes=axes, presets=presets)
+    )
 
 
 def rows(ablation, score, *, seeds=10, lengths=(64, 128)):

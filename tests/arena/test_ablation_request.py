@@ -15,7 +15,7 @@ GDN2 = levels_of(NAMED["gdn2"], "static", "silu")
 
 def planned(arch="gdn2", tasks=("parity",), model=None, **axes):
     presets = axes.pop("presets", ())
-    experiment = ablation_request(None, arch=arch, tasks=tasks, axes=axes, presets=presets)
+    experiment = ablation_request(None, archs=[arch] if arch else [], tasks=tasks, axes=axes, presets=presets)
     if model is not None:
         data = experiment.model_dump(exclude_none=True)
         experiment = parse_experiment({**data, "model": {**data["model"], **model}})
@@ -207,7 +207,7 @@ def test_levels_have_one_name():
 
 
 def test_an_ablation_is_no_grid():
-    experiment = ablation_request(None, arch="gdn2", tasks=["parity"], presets=["paper"])
+    experiment = ablation_request(None, archs=["gdn2"], tasks=["parity"], presets=["paper"])
     with pytest.raises(ExperimentError, match=r"has a section \[ablation\]: arena ablate runs it"):
         plan_runs(experiment)
 
@@ -223,4 +223,4 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     changed = ablation_request(str(path), axes={"erase": ["mean"], "conv": ["none"]}, presets=["left-out"])
     assert changed.ablation.preset == ["left-out"]
     assert changed.ablation.axes == {"erase": ["mean"], "conv": ["none"]}
-    assert changed.name == "mine" and ablation_request(str(path), seeds=2).seeds == [0, 1]
+    assert changed.name == "mine" and ablation_request(str(path), seeds=2).tuning.report_seeds == [1000, 1001]

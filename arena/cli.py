@@ -343,12 +343,12 @@ def dynamics(
     from arena.dynamics.page import make_page
     from arena.dynamics.study import Choice, study
 
-    lengths = _names("--length", length)
+    lengths = names("--length", length)
     if not all(word.isdigit() and int(word) > 0 for word in lengths):
         wrong(f"--length is numbers with commas between, not {length!r}")
     choice = Choice(
-        arms=_names("--arch", arm),
-        tasks=_names("--task", task),
+        arms=names("--arch", arm),
+        tasks=names("--task", task),
         lengths=[int(word) for word in lengths],
         interventions=intervene or ["standard"],
     )

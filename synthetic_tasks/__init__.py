@@ -25,7 +25,7 @@ from synthetic_tasks import (  # noqa: F401 - importing a family registers its t
 )
 from synthetic_tasks.base import IGNORE, RESULT_VERSION, SPLITS, Batch, Task, describe, get, names
 from synthetic_tasks.export import TaskDataset, tensors, write_parquet
-from synthetic_tasks.roles import ROLES, Writes, roles, writes
+from synthetic_tasks.roles import ROLES, Asks, Writes, asks, roles, writes
 from synthetic_tasks.text import show
 
 __all__ = [
@@ -33,10 +33,12 @@ __all__ = [
     "RESULT_VERSION",
     "ROLES",
     "SPLITS",
+    "Asks",
     "Batch",
     "Task",
     "TaskDataset",
     "Writes",
+    "asks",
     "describe",
     "get",
     "names",

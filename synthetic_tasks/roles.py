@@ -30,6 +30,17 @@ class Writes(NamedTuple):
     """int64 [N]: a number that two writes of one sequence share if and only if they write the same key."""
 
 
+class Asks(NamedTuple):
+    """Scored positions that ask for a key, one entry a position, sorted by sequence and position."""
+
+    sequence: torch.Tensor
+    """int64 [N]: row of the batch."""
+    position: torch.Tensor
+    """int64 [N]: where the answer is due."""
+    key: torch.Tensor
+    """int64 [N]: the number that :class:`Writes` has for the key."""
+
+
 def roles(task: Task, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The role of every position, an index into :data:`ROLES`: int64 [B,T].
 
@@ -93,19 +104,40 @@ def writes(task: Task, tokens: torch.Tensor) -> Writes | None:
     first = (tokens if tokens.dim() == 2 else tokens[..., 0]).numpy()
     if isinstance(task, MQAR):
         width = 1 if isinstance(task, MQARStacked) else 2
-        head = first[:, : width * task.n_pairs : width]
-        number = head
-        wrote = np.ones(head.shape, bool)
+        key = first[:, : width * task.n_pairs : width]
+        sequence, slot = np.nonzero(np.ones(key.shape, bool))
     elif isinstance(task, MemoryTask):
-        width = task._width
-        slots = first.reshape(len(first), -1, width)
-        head = number = slots[..., 0]
-        wrote = (head != BLANK) & (head != ASK)
-        if isinstance(task, Interference):
-            keys = slots[..., : task.key_tokens].reshape(-1, task.key_tokens)
-            number = np.unique(keys, axis=0, return_inverse=True)[1].reshape(head.shape)
+        width, head = task._width, first[:, :: task._width]
+        key = _slot_keys(task, first)[0]
+        sequence, slot = np.nonzero((head != BLANK) & (head != ASK))
     else:
         return None
-    sequence, slot = np.nonzero(wrote)
-    columns = sequence, slot * width, slot * width + width - 1, number[sequence, slot]
-    return Writes(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))
+    return Writes(*_tensors(sequence, slot * width, slot * width + width - 1, key[sequence, slot]))
+
+
+def asks(task: Task, tokens: torch.Tensor, targets: torch.Tensor) -> Asks | None:
+    """Which scored positions ask for which key, for the tasks that have :func:`writes`; None for others."""
+    first = (tokens if tokens.dim() == 2 else tokens[..., 0]).numpy()
+    sequence, position = np.nonzero(targets.numpy() != IGNORE)
+    if isinstance(task, MQAR):
+        key = first[sequence, position]
+    elif isinstance(task, MemoryTask):
+        key = _slot_keys(task, first)[1][sequence, position // task._width]
+    else:
+        return None
+    return Asks(*_tensors(sequence, position, key))
+
+
+def _slot_keys(task: MemoryTask, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number of the key of every slot, int64 [B,slots]: if it is a write, and if it is a question."""
+    slots = first.reshape(len(first), -1, task._width)
+    if not isinstance(task, Interference):
+        return slots[..., 0], slots[..., 1]
+    n = task.key_tokens
+    keys = np.stack([slots[..., :n], slots[..., 1 : 1 + n]])
+    number = np.unique(keys.reshape(-1, n), axis=0, return_inverse=True)[1].reshape(keys.shape[:-1])
+    return number[0], number[1]
+
+
+def _tensors(*columns: np.ndarray) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.ascontiguousarray(column)) for column in columns]

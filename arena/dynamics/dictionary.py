@@ -286,6 +286,14 @@ QUANTITIES: dict[str, Quantity] = {
         "change of what other keys read over the write (decay included), mean",
         "||(S_t - S_t')^T k_o|| / ||S_t'^T k_o|| over the other bound keys o; n is their number",
     ),
+    "previous_write_share": Quantity(
+        "edit",
+        "1",
+        "token (of the question)",
+        "of what a question reads from the last two writes of its key, the share of the earlier one: 0 only "
+        "the last, 1/2 both alike",
+        "W_1 / (W_1 + W_2), W_i = sum over positions s of write i of |w(t,s)|, 2 the last; w: contribution",
+    ),
     "overwrite_error": Quantity(
         "edit",
         "1",

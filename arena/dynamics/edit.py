@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import synthetic_tasks
+
 HELD = 1e-3
 """Below this share of its first weight a value is not held any more, and no part of it can be left."""
 
@@ -26,6 +28,41 @@ class Event(NamedTuple):
     sequence: int
     position: int
     column: int
+
+
+def last_two_writes(
+    writes: synthetic_tasks.Writes, asks: synthetic_tasks.Asks
+) -> dict[tuple[int, int], tuple[range, range]]:
+    """(sequence, position of a question) -> positions of the last two writes of its key, the earlier first.
+
+    Questions of keys that were written once only are left out.
+    """
+    written: dict[tuple[int, int], list[range]] = defaultdict(list)
+    for b, first, last, key in zip(*(x.tolist() for x in writes), strict=True):
+        written[b, key].append(range(first, last + 1))
+    found = {}
+    for b, t, key in zip(*(x.tolist() for x in asks), strict=True):
+        earlier = [place for place in written[b, key] if place.stop <= t]
+        if len(earlier) > 1:
+            found[b, t] = earlier[-2], earlier[-1]
+    return found
+
+
+def previous_write_share(weights: Tensor, token: int, places: tuple[range, range]) -> Tensor:
+    """W_1 / (W_1 + W_2), W_i the sum of |w(t,s)| over the positions s of write i, 2 the last one.
+
+    Args:
+        weights: [H,L], contributions to the read at ``token``, lag 0 first.
+        token: t.
+        places: Positions of the earlier and of the last write.
+
+    Returns:
+        [H]; NaN where one of the writes is further back than L tokens, or nothing is read of both.
+    """
+    if token - places[0].start >= weights.shape[-1]:
+        return torch.full(weights.shape[:1], torch.nan, dtype=weights.dtype)
+    old, new = (weights[:, [token - s for s in place]].abs().sum(-1) for place in places)
+    return old / (old + new)
 
 
 class Edits:

@@ -11,7 +11,7 @@ from torch import Tensor
 import synthetic_tasks
 from arena.dynamics import transition as tr
 from arena.dynamics.dictionary import QUANTITIES
-from arena.dynamics.edit import Edits, Event
+from arena.dynamics.edit import Edits, Event, previous_write_share
 from arena.dynamics.gates import Correlation, Distribution
 from arena.dynamics.retention import (
     Past,
@@ -27,6 +27,7 @@ from arena.dynamics.table import Rows
 from synthetic_tasks import ROLES
 
 GATES = ("decay", "erase", "write", "step", "input_gate", "forget_gate")
+_OF_READS = {"contribution", "memory_length", "contribution_age", "gain_beyond", "previous_write_share"}
 _PAIRS = {"corr_erase_write": ("erase", "write"), "corr_decay_write": ("decay", "write")}
 
 
@@ -41,13 +42,14 @@ class LayerMeasurement:
         grid: Tensor,
         read_at: Tensor,
         writes: synthetic_tasks.Writes | None,
+        pairs: dict[tuple[int, int], tuple[range, range]] | None,
         roles: Tensor | None,
         horizon: int,
         window: int,
         maps: int,
     ) -> None:
         self.index, self.rows, self.wanted, self.grid = index, rows, wanted, grid
-        self.read_at, self.roles = read_at, roles
+        self.read_at, self.roles, self.pairs = read_at, roles, pairs or {}
         self.horizon, self.window, self.maps = horizon, window, maps
         self.families = {QUANTITIES[name].family for name in wanted}
         self.distributions: dict[tuple[str, int, str], Distribution] = {}
@@ -80,7 +82,7 @@ class LayerMeasurement:
                 self._states(trace, start, stop)
             if "transition" in self.families:
                 self._transitions(trace, start, here)
-        if "retention" in self.families:
+        if "retention" in self.families or "previous_write_share" in self.wanted:
             self._retention(trace, start, stop)
 
     def finish(self, train_length: int | None, length: int) -> None:
@@ -247,7 +249,7 @@ class LayerMeasurement:
             total = decays.sum((0, 1))
             self.log_decay = total if self.log_decay is None else self.log_decay + total
             self.decays += decays.shape[0] * decays.shape[1]
-        if not self.wanted & {"contribution", "memory_length", "contribution_age", "gain_beyond"}:
+        if not self.wanted & _OF_READS:
             return
         sequence, column = ((self.read_at >= start) & (self.read_at < stop)).nonzero(as_tuple=True)
         pairs = torch.stack([sequence, self.read_at[sequence, column]], 1).unique(dim=0)
@@ -268,10 +270,23 @@ class LayerMeasurement:
         self.past = [p for p in self.past if p.start + p.trace["start"].shape[1] > oldest]
 
     def _contributions(self, sequence: Tensor, token: Tensor, weights: Tensor, gain: Tensor) -> None:
+        reads = list(zip(sequence.tolist(), token.tolist(), strict=True))
         found = {"memory_length": memory_length(weights), "contribution_age": contribution_age(weights)}
         for name, value in (found | {"gain_beyond": gain}).items():
             if name in self.wanted:
                 self.rows.add(self.index, name, value, sequence=sequence, token=token)
+        asked = [row for row, place in enumerate(reads) if place in self.pairs]
+        if asked and "previous_write_share" in self.wanted:
+            shares = [
+                previous_write_share(weights[row], reads[row][1], self.pairs[reads[row]]) for row in asked
+            ]
+            self.rows.add(
+                self.index,
+                "previous_write_share",
+                torch.stack(shares),
+                sequence=sequence[asked],
+                token=token[asked],
+            )
         if "contribution" not in self.wanted:
             return
         for row in (sequence < self.maps).nonzero()[:, 0].tolist():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import synthetic_tasks
 from arena.dynamics.dictionary import select
+from arena.dynamics.edit import last_two_writes
 from arena.dynamics.layer import LayerMeasurement
 from arena.dynamics.record import blocks_of, record
 from arena.dynamics.table import Rows
@@ -83,6 +84,10 @@ def measure(
         roles = scored if task is None else synthetic_tasks.roles(task, inputs, targets)
     if writes is None and task is not None:
         writes = synthetic_tasks.writes(task, inputs)
+    pairs = None
+    if writes is not None and task is not None and targets is not None:
+        asks = synthetic_tasks.asks(task, inputs, targets)
+        pairs = None if asks is None else last_two_writes(writes, asks)
     grid = _spaced(T, points)
     if train_length is not None and train_length < T:
         grid = torch.cat([grid, torch.tensor([train_length - 1])]).unique()
@@ -90,7 +95,7 @@ def measure(
 
     rows = Rows(_names(module), roles, _symbols(inputs, task))
     layers = [
-        LayerMeasurement(index, rows, wanted, grid, read_at, writes, roles, horizon, window, maps)
+        LayerMeasurement(index, rows, wanted, grid, read_at, writes, pairs, roles, horizon, window, maps)
         for index in range(len(blocks_of(module)))
     ]
     for piece in record(module, inputs, chunk=chunk):

@@ -8,7 +8,9 @@ import polars as pl
 import pytest
 import torch
 
+import synthetic_tasks
 from arena.dynamics import measure
+from arena.dynamics.edit import last_two_writes, previous_write_share
 from synthetic_tasks import Writes
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -283,3 +285,26 @@ def test_gate_distribution_and_correlation():
     assert frame.filter(pl.col("quantity") == "corr_decay_write")["value"].to_list() == [None] * H
     tied = measure(frozen(erase=erase, write=erase), steps(T), quantities=["corr_erase_write"])
     close(values(tied, "corr_erase_write"), 1.0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_share_of_the_previous_write(beta):
+    """rebind, one key: a delta rule of strength beta leaves 1 - beta of the old value beside the new one."""
+    task = synthetic_tasks.get("rebind", n_keys=1, n_rebinds=1, n_queries=1)
+    tokens, targets = task.sample(1, 12)
+    wrote = synthetic_tasks.writes(task, tokens).position.tolist()
+    k = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(12, 1, 2)
+    gates = torch.zeros(2, 12, 1, 1, dtype=torch.float64)
+    gates[0, wrote[1]] = beta
+    gates[1, wrote] = 1.0
+    model = Frozen(k, k, k, erase=gates[0], write=gates[1])
+    x = torch.zeros(1, 12, 1, dtype=torch.float64)
+
+    pairs = last_two_writes(synthetic_tasks.writes(task, tokens), synthetic_tasks.asks(task, tokens, targets))
+    assert pairs == {(0, 11): tuple(range(p - 1, p + 1) for p in wrote)}
+    frame = measure(model, x, quantities=["contribution"], reads=1)
+    weights = torch.zeros(1, 12, dtype=torch.float64)
+    for source, value in frame.select("source", "value").rows():
+        weights[0, 11 - source] = value
+    close(previous_write_share(weights, 11, pairs[0, 11]), (1 - beta) / (2 - beta))
+    assert previous_write_share(weights[:, :3], 11, pairs[0, 11]).isnan().all()

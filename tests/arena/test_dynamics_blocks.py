@@ -163,6 +163,7 @@ def test_every_quantity_is_in_the_dictionary_and_every_block_answers_all(arch):
     if arch in ("attention", "swa"):
         assert set(QUANTITIES) - missing == {
             "contribution",
+            "previous_write_share",
             "memory_length",
             "contribution_age",
             "gain_beyond",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import synthetic_tasks
-from synthetic_tasks import ROLES, roles, writes
+from synthetic_tasks import ROLES, asks, roles, writes
 
 
 def read(name, text, targets, **params):
@@ -31,6 +31,10 @@ def test_multi_token_keys():
     assert found == "ccccccdddqqs"
     found = writes(task, tokens)
     assert found.position.tolist() == [2, 5] and found.key[0] != found.key[1]
+    targets = torch.full_like(tokens, -100)
+    targets[0, 11] = 0
+    asked = asks(task, tokens, targets)
+    assert asked.position.tolist() == [11] and asked.key[0] == found.key[0]
 
 
 @pytest.mark.parametrize(
@@ -72,12 +76,21 @@ def test_every_task_has_roles(case):
         assert (wrote.position < length).all() and len(wrote.key) > 0
 
 
-def test_last_write_decides_the_answer():
-    """With rebinds, the value at the last write of the asked key is the target."""
-    task = synthetic_tasks.get("rebind")
-    tokens, targets = task.sample(8, 64)
-    wrote = writes(task, tokens)
-    for row, place in (targets != -100).nonzero().tolist():
-        mine = (wrote.sequence == row) & (wrote.position < place) & (wrote.key == tokens[row, place])
-        last = wrote.position[mine][-1]
-        assert tokens[row, last] == targets[row, place]
+@pytest.mark.parametrize("name", ["rebind", "correction", "interference", "capacity", "mqar", "mqar_stacked"])
+def test_last_write_of_the_asked_key_holds_the_answer(name):
+    task = synthetic_tasks.get(name)
+    tokens, targets = task.sample(8, task.legal_length(64))
+    values = tokens if tokens.dim() == 2 else tokens[..., 1]
+    wrote, asked = writes(task, tokens), asks(task, tokens, targets)
+    assert len(asked.key) == (targets != -100).sum()
+    for row, place, key in zip(*(x.tolist() for x in asked), strict=True):
+        mine = (wrote.sequence == row) & (wrote.position < place) & (wrote.key == key)
+        assert values[row, wrote.position[mine][-1]] == targets[row, place]
+
+
+def test_every_field_of_partial_update_asks_for_the_key():
+    task = synthetic_tasks.get("partial_update", n_fields=3)
+    tokens, targets = task.sample(4, task.legal_length(64))
+    asked = asks(task, tokens, targets)
+    for row, place, key in zip(*(x.tolist() for x in asked), strict=True):
+        assert tokens[row, place - place % 4 + 1] == key

@@ -20,6 +20,8 @@ __all__ = ["ModelConfig", "build_block", "build_model", "load_results"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "dynamics":
+        return importlib.import_module("arena.dynamics")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'arena' has no attribute {name!r}")

@@ -270,7 +270,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "token (last of the write)",
         "share of that weight left after the write: 0 replaced, 1 untouched, -1 reflected",
-        "k_s^T M_t ... M_{s+1} k_s / k_s^T M_{t'} ... M_{s+1} k_s; null where less than 1e-3 was held",
+        "k_s^T M_t ... M_{s+1} k_s / k_s^T M_{t'} ... M_{s+1} k_s; null where less than 0.05 was held",
     ),
     "other_value_left": Quantity(
         "edit",

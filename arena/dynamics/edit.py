@@ -18,8 +18,8 @@ from torch import Tensor
 
 import synthetic_tasks
 
-HELD = 1e-3
-"""Below this share of its first weight a value is not held any more, and no part of it can be left."""
+HELD = 0.05
+"""Below this share of its first weight a value is not held any more: what is left of it would be noise."""
 
 
 class Event(NamedTuple):

@@ -232,10 +232,17 @@ def label(arch: str, levels: Levels, base: Levels) -> str:
 
 
 def named(spec: GateSpec) -> str | None:
-    """The architecture at a point of gate space, in the common layer; how its decay starts is no matter."""
+    """The architecture at a point of gate space, in the common layer.
+
+    Where only the range that A starts in is another one (GDN's is (0, 16)), the name says so.
+    """
     for name, known in NAMED.items():
-        if spec == known.replace(a_range=spec.a_range):
+        if spec == known:
             return name
+        if spec.decay_form == "softplus_a" and spec == known.replace(a_range=spec.a_range):
+            if spec.decay == "none":
+                return name
+            return f"{name}, A from {spec.a_range[0]:g}..{spec.a_range[1]:g}"
     return None
 
 

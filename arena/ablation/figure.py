@@ -80,9 +80,11 @@ def _score_map(
     labels: Mapping[tuple[str, str], str],
 ) -> None:
     values = np.full((len(arms), len(columns)), np.nan)
+    texts = np.full(values.shape, "", dtype=object)
     for row in points.iter_rows(named=True):
-        place = columns.index(((row["task"], row["task_params"]), row["eval_length"]))
-        values[arms.index(row["arm"]), place] = row["mean"]
+        column = columns.index(((row["task"], row["task_params"]), row["eval_length"]))
+        place = arms.index(row["arm"]), column
+        values[place], texts[place] = row["mean"], f"{row['mean']:z.2f}"
     sns.heatmap(
         np.clip(values, 0, 1),
         ax=axis,
@@ -90,8 +92,8 @@ def _score_map(
         vmax=1,
         cmap=sns.light_palette("#1b4f72", as_cmap=True),
         cbar=False,
-        annot=values,
-        fmt=".2f",
+        annot=texts,
+        fmt="",
         annot_kws={"fontsize": 8.5},
         linewidths=1.2,
         linecolor="white",
@@ -149,6 +151,8 @@ def _effect_map(
         xticklabels=[labels[key] for key in keys],
         yticklabels=[f"{name}: {of} → {to}" for name, of, to in changes],
     )
+    for text in axis.texts:
+        text.set_fontweight("bold" if text.get_text().endswith("*") else "normal")
     axis.set_yticklabels(axis.get_yticklabels(), rotation=0)
     axis.set_xticklabels(axis.get_xticklabels(), rotation=0)
     axis.tick_params(length=0)

@@ -41,7 +41,9 @@ def record_ablation(directory: str | Path, ablation: Ablation) -> None:
     """Write down what was asked for: what the report is about."""
     folder = Path(directory) / FOLDER
     folder.mkdir(exist_ok=True)
-    record = {"points": ablation.experiment.archs, "left_out": ablation.left_out}
+    experiment = ablation.experiment
+    tasks = list(dict.fromkeys(entry.name for entry in experiment.tasks))
+    record = {"points": experiment.archs, "tasks": tasks, "left_out": ablation.left_out}
     write_whole(folder / _REQUEST, json.dumps(record, indent=1).encode())
 
 
@@ -74,6 +76,8 @@ def make_ablation(directory: str | Path, console: Console | None = None) -> list
         raise StoreError(f"{directory} holds no tested runs yet: the same arena ablate command goes on")
     effects = effect_table(rows, base, ledger)
     labels = task_labels(rows.filter(pl.col("status") != "failed"))
+    tasks = request["tasks"]
+    labels = dict(sorted(labels.items(), key=lambda item: tasks.index(item[0][0])))
     sentences = axis_sentences(effects, labels)
     tables = [
         _point_grid(points, labels, base),

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import ablation_fakes
 
-from arena.ablation.axes import AXES
+from arena.ablation.axes import AXES, named
 from arena.ablation.effects import effect_table, levels_of_params, point_table
 from arena.ablation.sentences import axis_sentences, longest
 from arena.memory import NAMED
@@ -163,6 +163,10 @@ def test_points_say_what_they_are():
     assert names["gdn2 erase=scalar write=scalar coupling=tied"] == "kda"
     assert names["gdn2 erase=scalar erase_range=2 write=scalar coupling=tied"] == "kda-neg"
     assert names["gdn2 erase=scalar write=scalar"] is None
+    assert (
+        named(NAMED["gdn"]) == "gdn"
+        and named(NAMED["gdn"].replace(a_range=(1.0, 16.0))) == "gdn, A from 1..16"
+    )
     tops = {
         arm: (erase, write)
         for arm, erase, write in points.select("arm", "erase_high", "write_high").iter_rows()

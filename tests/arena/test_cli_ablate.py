@@ -76,7 +76,7 @@ def test_every_point_is_tuned_tested_and_reported(here, tmp_path):
     text = (folder / "ablation" / "ablation.md").read_text()
     assert "![points and main effects](ablation.png)" in text and "## left out" in text
     request = json.loads((folder / "ablation" / "request.json").read_text())
-    assert request["points"] == names
+    assert request["points"] == names and request["tasks"] == ["parity"]
 
     # Each point has its own rate, chosen on valid.
     winners = pl.read_parquet(folder / "tuning" / "winners.parquet")

@@ -44,6 +44,8 @@ def test_commands_run(tmp_path):
     for command in COMMANDS:
         words = shlex.split(command)[1:]
         words = [folders.setdefault(w, str(tmp_path / w)) if w.startswith("results/") else w for w in words]
+        if words[0] == "ablate":
+            words += ["--steps", "2", "--trials", "2", "--seeds", "1"]
         if words[0] == "grid":
             words += ["--steps", "2"]
             if "--arch" not in words:

@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 from rich.console import Console
 
+from arena.grid.plan import TESTED_STAGES
 from arena.grid.results import load_environments, load_results
 from arena.grid.store import StoreError, read_plan
 from arena.report.document import Document, Section, print_document, to_markdown
@@ -147,19 +148,25 @@ def _notes(rows: pl.DataFrame, planned: int | None) -> list[str]:
     notes = [f"{stored} of {planned if planned is not None else stored} runs have a result."]
     if planned is not None and stored < planned:
         notes.append(f"INCOMPLETE: {planned - stored} runs have none; the same command goes on.")
+    tested = pl.col("stage").is_in(TESTED_STAGES)
     for status in ("failed", "diverged"):
-        if counts.get(status):
+        # A search reaches for rates that diverge: those are in its own tables.
+        named = runs.filter(pl.col("status") == status, tested | (status == "failed"))
+        if named.height:
             names = sorted(
                 f"{arm} on {task}, seed {seed}"
                 + (f", lr {lr:g}, weight decay {decay:g}" if several else "")
                 + (f" ({reason})" if reason else "")
-                for arm, task, seed, lr, decay, reason in runs.filter(status=status)
-                .select("arm", "task", "seed", "lr", "weight_decay", "reason")
-                .iter_rows()
+                for arm, task, seed, lr, decay, reason in named.select(
+                    "arm", "task", "seed", "lr", "weight_decay", "reason"
+                ).iter_rows()
             )
             more = f" and {len(names) - 12} more" if len(names) > 12 else ""
             meaning = " (counted with the worst score)" if status == "diverged" else ""
-            notes.append(f"{counts[status]} runs {status}{meaning}: {'; '.join(names[:12])}{more}.")
+            notes.append(f"{named.height} runs {status}{meaning}: {'; '.join(names[:12])}{more}.")
+    searched = runs.filter(~tested, status="diverged").height
+    if searched:
+        notes.append(f"{searched} runs of the search or the panel diverged (counted with the worst score).")
     if rows.filter(pl.col("reported"), pl.col("split") == "train").height:
         notes.append(
             "Lengths marked * have so few sequences that training may have met them all: they are no test."

@@ -65,7 +65,8 @@ def point_table(rows: pl.DataFrame, base: str, ledger: pl.DataFrame | None = Non
     Args:
         rows: of ``arena.load_results``.
         base: the arm that the others are compared with.
-        ledger: of the tuner, for ``ms_per_step``; None: from the runs' wall time.
+        ledger: of the tuner, for ``ms_per_step`` and ``flops_per_token``; None: the former from the runs'
+            wall time, the latter null.
 
     Returns:
         The cell, ``arm``, ``named`` (the architecture at that point, or null), one column an axis (its
@@ -73,12 +74,12 @@ def point_table(rows: pl.DataFrame, base: str, ledger: pl.DataFrame | None = Non
         gates can take), ``seeds``, ``mean``, ``min``, ``max``, ``iqm``, ``low``, ``high`` of the score,
         ``difference`` (paired difference to the base, mean over the seeds), ``difference_iqm``,
         ``difference_low`` and ``difference_high`` (its interquartile mean and the interval), ``lr``,
-        ``params``, ``state_bytes``, ``ms_per_step``. Intervals are null below 10 seeds.
+        ``params``, ``state_bytes``, ``flops_per_token``, ``ms_per_step``. Intervals are null below 10 seeds.
     """
     table = units(rows)
     found = []
     specs = {text: levels_of_params(text) for text in table["model_params"].unique()}
-    times = _step_times(table, ledger)
+    costs = _costs(table, ledger)
     for cell, part in table.group_by(CELL, maintain_order=True):
         scores = _scores(part)
         for (arm,), runs in part.group_by("arm", maintain_order=True):
@@ -99,7 +100,7 @@ def point_table(rows: pl.DataFrame, base: str, ledger: pl.DataFrame | None = Non
                     "lr": runs["lr"][0],
                     "params": runs["params"].max(),
                     "state_bytes": runs["state_bytes"].max(),
-                    "ms_per_step": times.get((*cell[:2], arm)),
+                    **costs.get((*cell[:2], arm), {"flops_per_token": None, "ms_per_step": None}),
                 }
             )
     return pl.DataFrame(found, infer_schema_length=None)
@@ -118,7 +119,7 @@ def effect_table(rows: pl.DataFrame, base: str, ledger: pl.DataFrame | None = No
         sign-flip test; ``p_holm``, adjusted for all effects of its kind at the longest length of each task
         (null at other lengths); ``needed``, the fewest seeds with which one of so many effects can be a
         claim; ``claim``: p_holm is at most 0.05 and the interval leaves out 0; and for main effects the cost:
-        ``params`` and ``state_bytes`` that are added, ``time`` as a ratio.
+        ``params`` and ``state_bytes`` that are added, ``flops`` (a token) and ``time`` as ratios.
     """
     points = point_table(rows, base, ledger)
     if points.is_empty():
@@ -267,11 +268,16 @@ def _moved(
 
 def _cost(entries: dict[str, dict[str, Any]], contexts: Sequence[tuple[str, ...]]) -> dict[str, float | None]:
     pairs = [(entries[a], entries[b]) for a, b in contexts]
-    ratios = [b["ms_per_step"] / a["ms_per_step"] for a, b in pairs if a["ms_per_step"] and b["ms_per_step"]]
+
+    def ratio(name: str) -> float | None:
+        found = [b[name] / a[name] for a, b in pairs if a[name] and b[name]]
+        return float(np.exp(np.mean(np.log(found)))) if found else None
+
     return {
         "params": float(np.mean([b["params"] - a["params"] for a, b in pairs])),
         "state_bytes": float(np.mean([b["state_bytes"] - a["state_bytes"] for a, b in pairs])),
-        "time": float(np.exp(np.mean(np.log(ratios)))) if ratios else None,
+        "flops": ratio("flops_per_token"),
+        "time": ratio("ms_per_step"),
     }
 
 
@@ -294,17 +300,18 @@ def _judged(table: pl.DataFrame) -> pl.DataFrame:
     return table.with_columns(claim=((pl.col("p_holm") <= ALPHA) & apart).fill_null(False)).drop("row")
 
 
-def _step_times(table: pl.DataFrame, ledger: pl.DataFrame | None) -> dict[tuple[str, str, str], float]:
-    """(task, task_params, arm) -> milliseconds a step."""
-    if ledger is not None and not ledger.is_empty():
-        return {
-            tuple(key): value
-            for *key, value in ledger.select("task", "task_params", "arm", "ms_per_step").iter_rows()
-            if value is not None
-        }
-    means = (
-        table.filter(pl.col("steps") > 0)
-        .group_by("task", "task_params", "arm")
-        .agg(value=(1000 * pl.col("wall_s") / pl.col("steps")).mean())
-    )
-    return {tuple(key): value for *key, value in means.iter_rows() if value is not None}
+def _costs(
+    table: pl.DataFrame, ledger: pl.DataFrame | None
+) -> dict[tuple[str, str, str], dict[str, float | None]]:
+    """(task, task_params, arm) -> ``flops_per_token`` and ``ms_per_step``."""
+    if ledger is None or ledger.is_empty():
+        ledger = (
+            table.group_by("task", "task_params", "arm")
+            .agg(ms_per_step=(1000 * pl.col("wall_s") / pl.col("steps")).filter(pl.col("steps") > 0).mean())
+            .with_columns(flops_per_token=pl.lit(None, dtype=pl.Float64))
+        )
+    names = ("flops_per_token", "ms_per_step")
+    return {
+        (row["task"], row["task_params"], row["arm"]): {name: row[name] for name in names}
+        for row in ledger.iter_rows(named=True)
+    }

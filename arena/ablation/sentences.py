@@ -83,13 +83,14 @@ def longest(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _cost(rows: pl.DataFrame) -> str:
-    """What a level costs: parameters, state bytes, time; the mean over tasks."""
+    """What a level costs: parameters, state bytes, FLOPs, time; the mean over tasks."""
     params, state = rows["params"].mean(), rows["state_bytes"].mean()
-    ratios = rows["time"].drop_nulls().to_list()
     assert isinstance(params, float) and isinstance(state, float)
     words = [_more(params, "parameters"), _more(state, "state bytes")]
-    if ratios:
-        words.append(f"{math.exp(math.fsum(map(math.log, ratios)) / len(ratios)):.2f} x the time")
+    for name, what in (("flops", "the FLOPs"), ("time", "the time")):
+        ratios = rows[name].drop_nulls().to_list()
+        if ratios:
+            words.append(f"{math.exp(math.fsum(map(math.log, ratios)) / len(ratios)):.2f} x {what}")
     return "at " + ", ".join(words)
 
 

@@ -203,7 +203,7 @@ def test_runs_of_the_search_are_no_results():
     assert point_table(searched, "gdn2").is_empty() and effect_table(searched, "gdn2").is_empty()
 
 
-def test_the_ledger_gives_the_time():
+def test_the_ledger_gives_the_costs():
     ablation = ablation_fakes.planned(tasks=["rebind"], write=["mean"])
     rows = ablation_fakes.rows(ablation, planted, lengths=(64,))
     ledger = pl.DataFrame(
@@ -212,10 +212,17 @@ def test_the_ledger_gives_the_time():
             "task_params": ["{}"] * 2,
             "arm": ["gdn2", "gdn2 write=mean"],
             "ms_per_step": [10.0, 15.0],
+            "flops_per_token": [1e6, 9e5],
         }
     )
-    assert effect_table(rows, "gdn2", ledger)["time"].to_list() == [pytest.approx(1.5)]
-    assert effect_table(rows, "gdn2")["time"].to_list() == [pytest.approx(1.0)]
+    known = effect_table(rows, "gdn2", ledger).row(0, named=True)
+    assert (known["time"], known["flops"]) == (pytest.approx(1.5), pytest.approx(0.9))
+    timed = effect_table(rows, "gdn2").row(0, named=True)
+    assert (timed["time"], timed["flops"]) == (pytest.approx(1.0), None)
+    assert (
+        "0.90 x the FLOPs, 1.50 x the time"
+        in axis_sentences(effect_table(rows, "gdn2", ledger), LABELS)["write"]
+    )
 
 
 def test_levels_are_read_from_the_models_that_were_trained():

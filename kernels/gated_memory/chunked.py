@@ -19,7 +19,7 @@ from kernels.folding import fold, unfold
 from kernels.gated_memory.passes import Inputs, backward, chunks_of, forward
 
 # Elements of one input tensor in a block of sequences: large enough to hide the cost of calling torch.
-BLOCK = 2**18
+BLOCK = 2**17
 
 
 def gated_memory_chunked(

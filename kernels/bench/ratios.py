@@ -1,27 +1,23 @@
-"""CPU speed of the operators beside public alternatives, as ratios in one run: ``python -m kernels.bench``.
+"""CPU speed of the operators beside public alternatives, as ratios in one run: the table of the README.
 
 The two sides of a row take turns, so that other load on the machine meets both, and the medians are compared.
-What is not installed is replaced by our own reference loop, and the table says so. (GPU kernels:
-``python -m kernels.gpu_check``.)
+What is not installed is replaced by our own reference loop, and the table says so.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import gated_memory, mlstm, slstm
+from kernels.bench.peers import attribute, fla_naive
+from kernels.bench.timing import medians
 
 SHAPE = (64, 256, 2, 32)
 """B, T, H, K = V of every row that does not say otherwise: a small fleet of the arena's models."""
@@ -122,63 +118,35 @@ def trainer(operator: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[
 
 
 def gdn2_peer() -> tuple[Callable[..., Tensor], str]:
-    """Return fla's naive GDN-2 recurrence; its file is loaded alone, because the package imports Triton."""
-    spec = importlib.util.find_spec("fla")
-    folders = [] if spec is None else spec.submodule_search_locations or []
-    paths = [path for x in folders if (path := Path(x) / "ops" / "gdn2" / "naive.py").exists()]
-    if not paths:
+    """Return fla's naive GDN-2 recurrence."""
+    naive = fla_naive("gdn2")
+    if naive is None:
         name = "token loop (our reference; fla's is not installed)"
         return lambda *x: gated_memory(*x, backend="reference")[0], name
-    naive = module_at(paths[0]).naive_recurrent_gdn2
     return lambda *x: naive(*x)[0], "fla's naive recurrence"
-
-
-def module_at(path: Path) -> ModuleType:
-    """Load one file as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def mlstm_peer() -> tuple[Callable[..., Tensor], str, Callable[[Tensor], Tensor]]:
     """Return NX-AI's native chunkwise mLSTM with its own backward, and the layout it takes."""
-    if importlib.util.find_spec("mlstm_kernels") is None:
+    peer = attribute("mlstm_kernels.torch.chunkwise.native", "mlstm_chunkwise__native_custbw")
+    if peer is None:
         name = "token loop (our reference; mlstm_kernels is not installed)"
         return lambda *x: mlstm(*x, backend="reference")[0], name, lambda x: x
-    from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_custbw as peer
-
     return peer, "NX-AI's native chunkwise mLSTM", lambda x: x.transpose(1, 2).contiguous()
 
 
 def measure(row: Row, repeats: int) -> tuple[float, float]:
-    """Return the median seconds of ours and of the alternative, taking turns after one warm-up each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats + 1):
-        for run, taken in zip((row.ours, row.peer), times, strict=True):
-            start = time.perf_counter()
-            run()
-            if repeat > 0:
-                taken.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    """Return the median seconds of ours and of the alternative, taking turns after a warm-up of each."""
+    ours, peer = medians([row.ours, row.peer], "cpu", rounds=repeats)
+    return ours, peer
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each side (default 7)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def table(repeats: int) -> Iterator[str]:
+    """The README's table in Markdown, line by line as it is measured."""
     B, _, H, K = SHAPE
-    threads = f"{options.threads} thread" + "s" * (options.threads > 1)
-    print(f"torch {torch.__version__}, {threads}, float32, B {B} H {H} K = V = {K}, forward and backward\n")
-    print("| what | against | times faster | goal |\n|---|---|---|---|")
+    threads = f"{torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
+    yield f"torch {torch.__version__}, {threads}, float32, B {B} H {H} K = V = {K}, forward and backward\n"
+    yield "| what | against | times faster | goal |\n|---|---|---|---|"
     for row in rows():
-        ours, peer = measure(row, options.repeats)
-        print(f"| {row.what} | {row.against} | {peer / ours:.2f} | {row.goal:g} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        ours, peer = measure(row, repeats)
+        yield f"| {row.what} | {row.against} | {peer / ours:.2f} | {row.goal:g} |"

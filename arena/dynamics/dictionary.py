@@ -156,6 +156,13 @@ QUANTITIES: dict[str, Quantity] = {
         "distance to the nearest reflection",
         "min over ||u|| = 1 of ||M_t - (I - 2 u u^T)||_F",
     ),
+    "permutation_distance": Quantity(
+        "transition",
+        "1",
+        "token",
+        "distance of the spectrum to that of a permutation of up to 5 points, in whatever basis",
+        "min over permutations P and matchings of sqrt(sum_i |l_i(M_t) - l_i(P)|^2), l eigenvalues",
+    ),
     "orthogonal_distance": Quantity(
         "transition",
         "1",
@@ -191,6 +198,13 @@ QUANTITIES: dict[str, Quantity] = {
         "smallest real part of an eigenvalue over the last w tokens",
         "min_i Re l_i(M_t ... M_{t-w+1})",
     ),
+    "window_permutation_distance": Quantity(
+        "transition",
+        "1",
+        "token",
+        "the same over the last w tokens: a rotation takes two reflections",
+        "as permutation_distance, of M_t ... M_{t-w+1}",
+    ),
     "eigenvalue_real": Quantity(
         "transition",
         "1",
@@ -205,14 +219,6 @@ QUANTITIES: dict[str, Quantity] = {
         "token x index",
         "imaginary part of each eigenvalue, in the same order",
         "Im l_i(M_t)",
-        default=False,
-    ),
-    "permutation_distance": Quantity(
-        "transition",
-        "1",
-        "token",
-        "distance to the nearest permutation matrix in the basis of the key channels (slow)",
-        "min over permutations P of ||M_t - P||_F",
         default=False,
     ),
     "half_life": Quantity(

@@ -28,6 +28,11 @@ from synthetic_tasks import ROLES
 
 GATES = ("decay", "erase", "write", "step", "input_gate", "forget_gate")
 _OF_READS = {"contribution", "memory_length", "contribution_age", "gain_beyond", "previous_write_share"}
+_OF_EIGENVALUES = {
+    *("eigenvalue_min", "eigenvalue_max_imaginary", "spectral_radius"),
+    *("eigenvalue_real", "eigenvalue_imaginary", "permutation_distance"),
+}
+_OF_WINDOWS = {"window_norm", "window_radius", "window_eigenvalue_min", "window_permutation_distance"}
 _PAIRS = {"corr_erase_write": ("erase", "write"), "corr_decay_write": ("decay", "write")}
 
 
@@ -213,21 +218,18 @@ class LayerMeasurement:
         self._add("key_eigenvalue", tr.key_eigenvalue(k, erase), here)
         matrix = tr.transition_matrix(k, decay, erase)
         self._add("identity_distance", tr.identity_distance(matrix), here)
-        if "permutation_distance" in self.wanted:
-            self._add("permutation_distance", tr.permutation_distance(matrix), here)
         if "reflection_distance" in self.wanted:
             self._add("reflection_distance", tr.reflection_distance(matrix), here)
         if self.wanted & {"transition_norm", "orthogonal_distance"}:
             singular = tr.singular_values(matrix)
             self._add("transition_norm", singular[..., 0], here)
             self._add("orthogonal_distance", tr.orthogonal_distance(singular), here)
-        if self.wanted & {"eigenvalue_min", "eigenvalue_max_imaginary", "spectral_radius"} | (
-            self.wanted & {"eigenvalue_real", "eigenvalue_imaginary"}
-        ):
+        if self.wanted & _OF_EIGENVALUES:
             found = tr.eigenvalues(matrix)
             self._add("eigenvalue_min", found.real[..., 0], here)
             self._add("eigenvalue_max_imaginary", found.imag.amax(-1), here)
             self._add("spectral_radius", found.abs().amax(-1), here)
+            self._add("permutation_distance", tr.permutation_distance(found), here)
             for name, part in (("eigenvalue_real", found.real), ("eigenvalue_imaginary", found.imag)):
                 if name in self.wanted:
                     sequence, index = torch.arange(part.shape[0])[:, None, None], torch.arange(part.shape[-1])
@@ -235,13 +237,14 @@ class LayerMeasurement:
                         self.index, name, part.mT, sequence=sequence, token=here[:, None], index=index
                     )
         whole = here[here - start + before >= self.window - 1]
-        if len(whole) and self.wanted & {"window_norm", "window_radius", "window_eigenvalue_min"}:
+        if len(whole) and self.wanted & _OF_WINDOWS:
             at = (whole - start + before)[None] - torch.arange(self.window - 1, -1, -1)[:, None]
             product = tr.window_product(*(joined[g][:, at].movedim(1, 0) for g in ("k", "decay", "erase")))
             self._add("window_norm", tr.singular_values(product)[..., 0], whole)
             found = tr.eigenvalues(product)
             self._add("window_radius", found.abs().amax(-1), whole)
             self._add("window_eigenvalue_min", found.real[..., 0], whole)
+            self._add("window_permutation_distance", tr.permutation_distance(found), whole)
 
     def _retention(self, trace: Mapping[str, Tensor], start: int, stop: int) -> None:
         decays = log_decay(trace)

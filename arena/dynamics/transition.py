@@ -5,7 +5,8 @@ All functions take tensors of the trace vocabulary with any leading axes and com
 
 from __future__ import annotations
 
-import numpy as np
+import cmath
+
 import torch
 from torch import Tensor
 
@@ -107,42 +108,42 @@ def orthogonal_distance(singular: Tensor) -> Tensor:
     return (singular - 1).square().sum(-1).sqrt()
 
 
-def permutation_distance(matrix: Tensor) -> Tensor:
-    """Frobenius distance to the nearest permutation matrix in the basis of the key channels: [...].
+def permutation_distance(eigenvalues: Tensor) -> Tensor:
+    """How far a spectrum is from that of a permutation of up to 5 points: [...].
 
-    || M - P ||^2 = || M ||^2 + K - 2 sum_i M[i, p(i)]; the best p is a linear assignment.
+    The eigenvalues of a permutation are, for each of its cycles, the roots of unity of the cycle's length; in
+    the other directions it does nothing (eigenvalue 1). The distance is sqrt(sum |l_i - m_i|^2) under the
+    best matching with the best permutation. It does not depend on the basis; for a normal matrix it is the
+    Frobenius distance to the nearest such permutation in any orthonormal basis (Hoffman and Wielandt 1953).
+
+    Args:
+        eigenvalues: Complex [...,K].
     """
-    K = matrix.shape[-1]
-    flat = matrix.reshape(-1, K, K).double().cpu().numpy()
-    best = np.array([_best_assignment(m) if np.isfinite(m).all() else np.nan for m in flat])
-    square = (flat**2).sum((1, 2)) + K - 2 * best
-    return torch.from_numpy(np.sqrt(np.maximum(square, 0))).reshape(matrix.shape[:-2])
+    from_one = (eigenvalues - 1).abs().square()
+    best = torch.zeros_like(from_one[..., 0])
+    for roots in _CYCLE_ROOTS:
+        r = len(roots)
+        if r > eigenvalues.shape[-1]:
+            continue
+        # What it costs to match a root with an eigenvalue that is matched with 1 otherwise. In the best
+        # matching every root has one of its r cheapest eigenvalues.
+        cost = (
+            eigenvalues[..., None, :] - torch.tensor(roots, dtype=eigenvalues.dtype)[:, None]
+        ).abs().square() - from_one[..., None, :]
+        cheapest = cost.topk(r, largest=False)
+        choice = torch.cartesian_prod(*[torch.arange(r)] * r).reshape(-1, r)
+        each = torch.arange(r)
+        which, total = (x[..., each, choice] for x in (cheapest.indices, cheapest.values))  # [...,choices,r]
+        ordered = which.sort(-1).values
+        twice = (ordered[..., 1:] == ordered[..., :-1]).any(-1)
+        best = torch.minimum(best, total.sum(-1).masked_fill(twice, torch.inf).amin(-1))
+    return (from_one.sum(-1) + best).clamp_min(0).sqrt()
 
 
-def _best_assignment(gain: np.ndarray) -> float:
-    """The largest sum of gain[i, p(i)] over permutations p (Hungarian method, shortest augmenting paths)."""
-    n = len(gain)
-    cost = -gain
-    row_price, column_price = np.zeros(n), np.zeros(n + 1)
-    owner = np.full(n + 1, -1)  # row that has the column; the last column is the start of every path
-    for row in range(n):
-        owner[n], column = row, n
-        distance, origin = np.full(n, np.inf), np.full(n, n)
-        done = np.zeros(n + 1, bool)
-        while owner[column] >= 0:
-            done[column] = True
-            here = owner[column]
-            open_ = ~done[:n]
-            reach = cost[here] - row_price[here] - column_price[:n]
-            better = open_ & (reach < distance)
-            distance[better], origin[better] = reach[better], column
-            nearest = int(np.where(open_, distance, np.inf).argmin())
-            step = distance[nearest]
-            row_price[owner[done]] += step
-            column_price[done] -= step
-            distance[open_] -= step
-            column = nearest
-        while column != n:
-            owner[column] = owner[origin[column]]
-            column = origin[column]
-    return float(gain[owner[:n], np.arange(n)].sum())
+def _roots(*cycles: int) -> list[complex]:
+    """The eigenvalues of cycles of these lengths that are not 1."""
+    return [cmath.exp(2j * cmath.pi * turn / m) for m in cycles for turn in range(1, m)]
+
+
+_CYCLE_ROOTS = [_roots(2), _roots(3), _roots(4), _roots(5), _roots(2, 2), _roots(3, 2)]
+"""Permutations of up to 5 points by their cycles, but the identity."""

@@ -57,7 +57,7 @@ def test_half_life_of_channels_and_of_the_extremes():
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0, 2.0])
 def test_transition_of_a_delta_rule(beta):
-    frame = measure(frozen(erase=beta), steps(T), quantities=["transition", "permutation_distance"], window=1)
+    frame = measure(frozen(erase=beta), steps(T), quantities=["transition"], window=1)
     close(values(frame, "key_eigenvalue"), 1 - beta)
     close(values(frame, "eigenvalue_min"), min(1 - beta, 1))
     close(values(frame, "eigenvalue_max_imaginary"), 0.0)
@@ -65,6 +65,7 @@ def test_transition_of_a_delta_rule(beta):
     close(values(frame, "transition_norm"), 1.0)
     close(values(frame, "identity_distance"), beta)
     close(values(frame, "reflection_distance"), 2 - beta, atol=1e-7)
+    close(values(frame, "permutation_distance"), min(beta, 2 - beta), atol=1e-7)
     close(values(frame, "orthogonal_distance"), 0.0 if beta in (0, 2) else min(beta, 2 - beta))
     close(values(frame, "window_eigenvalue_min"), 1 - beta)
 
@@ -79,6 +80,20 @@ def test_a_rotation_is_two_reflections():
     close(values(frame, "window_norm"), 1.0)
     close(values(frame, "window_eigenvalue_min"), math.cos(2 * a))
     assert len(values(frame, "window_norm")) == 1  # the second token has the first whole window
+
+
+def test_a_three_cycle_takes_two_tokens():
+    """S3: the product of two swaps turns by 120 degrees, which no single token of a delta rule can do."""
+    root = math.sqrt(0.5)
+    k = torch.tensor([[root, -root, 0.0], [0.0, root, -root]], dtype=torch.float64)[:, None]
+    frame = measure(Frozen(k, k, k, erase=2.0), steps(2), quantities=["transition"], window=2)
+    close(values(frame, "permutation_distance"), 0.0, atol=1e-7)
+    close(values(frame, "reflection_distance"), 0.0, atol=1e-7)
+    close(values(frame, "eigenvalue_max_imaginary"), 0.0, atol=1e-7)
+    close(values(frame, "window_permutation_distance"), 0.0, atol=1e-7)
+    close(values(frame, "window_eigenvalue_min"), -0.5)
+    plain = measure(Frozen(k, k, k, erase=1.0), steps(2), quantities=["transition"], window=2)
+    assert (values(plain, "window_permutation_distance") > 0.5).all()
 
 
 def test_erase_by_channel_is_no_contraction():

@@ -18,18 +18,43 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_permutation_distance_is_the_best_of_all(seed):
-    matrix = random(3, 5, 5, seed=seed)
-    eye = torch.eye(5, dtype=torch.float64)
-    for m, found in zip(matrix, tr.permutation_distance(matrix), strict=True):
-        best = min((m - eye[list(p)]).norm().item() for p in itertools.permutations(range(5)))
-        assert found.item() == pytest.approx(best, abs=1e-9)
+def rotated(matrix, seed):
+    """The same map in another orthonormal basis."""
+    q, _ = torch.linalg.qr(random(len(matrix), len(matrix), seed=seed))
+    return q @ matrix @ q.T
 
 
-def test_permutation_distance_of_ties_and_of_one_channel():
-    assert tr.permutation_distance(torch.zeros(4, 4)).item() == pytest.approx(2.0)
-    assert tr.permutation_distance(torch.tensor([[-1.0]])).item() == pytest.approx(2.0)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(5)))[::7])
+def test_every_permutation_of_five_points_in_any_basis_is_one(order):
+    matrix = torch.eye(8, dtype=torch.float64)
+    matrix[:5, :5] = torch.eye(5, dtype=torch.float64)[list(order)]
+    found = tr.permutation_distance(tr.eigenvalues(rotated(matrix, sum(order[:2]))))
+    assert found.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_permutation_distance_is_the_best_matching(seed):
+    """Against all matchings with all permutations of 5 points."""
+    found = torch.complex(random(5, seed=seed), random(5, seed=seed + 10))
+    best = np.inf
+    for order in itertools.permutations(range(5)):
+        roots = torch.linalg.eigvals(torch.eye(5, dtype=torch.float64)[list(order)])
+        for matching in itertools.permutations(range(5)):
+            best = min(best, (found - roots[list(matching)]).abs().square().sum().sqrt().item())
+    assert tr.permutation_distance(found).item() == pytest.approx(best)
+
+
+def test_permutation_distance_of_rotations_and_of_few_channels():
+    def turn(angle):
+        z = torch.tensor(angle, dtype=torch.float64)
+        return torch.complex(z.cos().expand(2), torch.stack([z.sin(), -z.sin()]))
+
+    assert tr.permutation_distance(turn(2 * np.pi / 3)).item() == pytest.approx(0.0, abs=1e-7)
+    small = (2 * (2 * np.sin(0.15)) ** 2) ** 0.5  # nearest to the identity
+    assert tr.permutation_distance(turn(0.3)).item() == pytest.approx(small)
+    one_channel = torch.tensor([[-1.0 + 0j], [0.0], [1.0]])
+    torch.testing.assert_close(tr.permutation_distance(one_channel), torch.tensor([0.0, 1.0, 0.0]))
+    assert tr.permutation_distance(torch.full((3,), torch.nan, dtype=torch.complex128)).isnan()
 
 
 def test_reflection_distance_is_the_least_over_directions():

@@ -127,9 +127,8 @@ def permutation_distance(eigenvalues: Tensor) -> Tensor:
             continue
         # What it costs to match a root with an eigenvalue that is matched with 1 otherwise. In the best
         # matching every root has one of its r cheapest eigenvalues.
-        cost = (
-            eigenvalues[..., None, :] - torch.tensor(roots, dtype=eigenvalues.dtype)[:, None]
-        ).abs().square() - from_one[..., None, :]
+        root = torch.tensor(roots, dtype=eigenvalues.dtype)[:, None]
+        cost = (eigenvalues[..., None, :] - root).abs().square() - from_one[..., None, :]
         cheapest = cost.topk(r, largest=False)
         choice = torch.cartesian_prod(*[torch.arange(r)] * r).reshape(-1, r)
         each = torch.arange(r)

@@ -67,7 +67,7 @@ def axis_sentences(effects: pl.DataFrame, labels: Mapping[tuple[str, str], str])
                     others.append(f"{where} ({text}{'; ' if reason else ''}{reason})")
             said = [f"changes the score by {_listed(claims)}"] if claims else []
             said += [f"allows no claim on {_listed(others)}"] if others else []
-            parts.append(f"{level} instead of {of} {', '.join(said)}, {_cost(rows)}")
+            parts.append(f"{level} instead of {of} {', '.join(said)}, {_cost(axis, level, rows)}")
         if parts:
             found[axis] = f"{axis}: {'; '.join(parts)}."
     return found
@@ -82,7 +82,7 @@ def longest(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter(pl.col("eval_length") == pl.col("eval_length").max().over("task", "task_params"))
 
 
-def _cost(rows: pl.DataFrame) -> str:
+def _cost(axis: str, level: str, rows: pl.DataFrame) -> str:
     """What a level costs: parameters, state bytes, FLOPs, time; the mean over tasks."""
     params, state = rows["params"].mean(), rows["state_bytes"].mean()
     assert isinstance(params, float) and isinstance(state, float)
@@ -91,7 +91,12 @@ def _cost(rows: pl.DataFrame) -> str:
         ratios = rows[name].drop_nulls().to_list()
         if ratios:
             words.append(f"{math.exp(math.fsum(map(math.log, ratios)) / len(ratios)):.2f} x {what}")
-    return "at " + ", ".join(words)
+    slow = (
+        " (on the reference backend, which says little)"
+        if (axis, level) == ("write_on", "correction")
+        else ""
+    )
+    return "at " + ", ".join(words) + slow
 
 
 def _more(change: float, what: str) -> str:

@@ -118,6 +118,12 @@ def test_a_claim_is_a_sentence_with_its_task_and_cost(factorial):
     assert said["erase"].count(".\n") == 0 and said["erase"].endswith(".")
 
 
+def test_the_gated_correction_is_timed_with_a_warning():
+    ablation = ablation_fakes.planned(tasks=["rebind"], write_on=["correction"])
+    said = axis_sentences(effect_table(ablation_fakes.rows(ablation, planted), "gdn2"), LABELS)
+    assert "x the time (on the reference backend, which says little)." in said["write_on"]
+
+
 def test_effects_come_from_pairs_that_differ_on_one_axis_alone():
     ablation = ablation_fakes.planned(presets=["left-out"])
     effects = longest(effect_table(ablation_fakes.rows(ablation, planted), "gdn2")).filter(task="rebind")

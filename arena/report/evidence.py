@@ -38,8 +38,9 @@ _PRUNING = (
     f"valid is at least {SOLVED}."
 )
 _LEDGER = (
-    "Matched by: {by}. Deviation: from what the arms were matched to, in that quantity. State bytes: "
-    "measured, of what one sequence carries; (grows): with the length."
+    "{by} State bytes: measured, of what one sequence carries at the longest training length; (grows): with "
+    "the length, so exempt from matching by state. FLOPs: of a forward pass. ms a step: of one run, as its "
+    "share of a small fleet."
 )
 
 Cell = tuple[str, str, str]
@@ -258,12 +259,15 @@ def _ledger(ledger: pl.DataFrame, context: Context) -> Section | None:
                 f"{row['params']:,}",
                 f"{row['state_bytes']:,}" + (" (grows)" if row["state_grows"] else ""),
                 f"{row['flops_per_token']:,.0f}",
-                f"{ms:.1f}" if ms is not None else "-",
+                f"{ms:.2f}" if ms is not None else "-",
                 f"{100 * deviation:+.1f} %" if deviation is not None else "-",
                 "yes" if row["matched"] else "NO",
             ]
         )
-    by = ledger["match"][0] or "nothing"
+    match = ledger["match"][0]
+    by = "Nothing was matched; deviation and flag are about the parameters, from the median."
+    if match is not None:
+        by = f"Matched by {match}; deviation: of that, from the reference."
     return Section(
         heading="Ledger",
         columns=[

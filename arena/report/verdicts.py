@@ -9,7 +9,9 @@ data in equal order. A claim that X is better than Y needs all of
 - the sign-flip test of the mean paired difference, Holm-corrected over every declared pair and task, gives
   p <= :data:`ALPHA`,
 
-and equal tuning budgets. An equality claim needs an equivalence test with the declared margin; no significant
+and equal tuning budgets. Of two arms with the same law of scores, a family of one comparison claims a
+difference in 3 % of simulations with 10 seeds and in under 1 % with 20, be the scores normal or
+solved/unsolved. An equality claim needs an equivalence test with the declared margin; no significant
 difference is not equality.
 """
 

@@ -96,6 +96,10 @@ def paired_difference_interval(
 ) -> tuple[float, float] | None:
     """Percentile interval of :func:`paired_difference`: in each task seeds are drawn anew, for both alike.
 
+    It is a little short: of two arms with the same law of scores, a nominal 95 % interval left out 0 in 6 %
+    (normal scores) to 10 % (solved or unsolved) of simulations with 10 seeds, in 6 to 7 % with 20. So no
+    claim is made from it alone.
+
     Returns:
         The interval, or None where it would mislead: fewer than :data:`MIN_UNITS` units, or no width.
 

@@ -303,8 +303,8 @@ def test_the_ledger_is_shown_and_flags(report):
         ]
     )
     text, _, written = report(rows, ledger=ledger)
-    assert "| gdn | mqar | 12,345 | 2,048 (grows) | 1,000,000 | 2.2 | +3.4 % | NO |" in text
-    assert "Matched by: params." in text and "(NOT MATCHED: gdn)" in text and "ledger.csv" in written
+    assert "| gdn | mqar | 12,345 | 2,048 (grows) | 1,000,000 | 2.25 | +3.4 % | NO |" in text
+    assert "Matched by params; deviation" in text and "(NOT MATCHED: gdn)" in text and "ledger.csv" in written
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss", "valid/accuracy@64"])

@@ -11,10 +11,12 @@ import pytest
 import scipy.stats
 from rliable import metrics
 from statsmodels.stats import multitest, weightstats
+from statsmodels.stats.power import TTestPower
 
 from arena.statistics import (
     bootstrap_interval,
     clopper_pearson,
+    detectable_effect,
     equivalence_test,
     expected_best,
     expected_best_band,
@@ -225,6 +227,13 @@ def test_seeds_needed_is_where_the_smallest_p_survives_holm():
             seeds_needed(*wrong)
 
 
+def test_the_detectable_effect_is_that_of_a_t_test():
+    for n, m in ((10, 1), (10, 4), (20, 6), (30, 1)):
+        theirs = TTestPower().solve_power(nobs=n, alpha=0.05 / m, power=0.8, alternative="two-sided")
+        assert detectable_effect(n, m) == pytest.approx(theirs, rel=0.02)
+    assert detectable_effect(7, 4) is None, "no effect is found with fewer seeds than the family needs"
+
+
 def test_equivalence_is_two_one_sided_exact_tests():
     rng = np.random.default_rng(4)
     x, y = rng.normal(0, 0.01, 12), rng.normal(0.002, 0.01, 12)
@@ -311,3 +320,20 @@ def test_bands_of_expected_best(unbiased):
     assert (low[0], high[0]) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.01)
     for flat in ([0.5] * 16, [0.5]):
         assert np.isnan(expected_best_band(flat, 1, unbiased=unbiased)).all(), "no band without width"
+
+
+@pytest.mark.parametrize("kind", ["normal", "solved or unsolved"])
+def test_the_rule_of_a_claim_keeps_its_level(kind):
+    rng = np.random.default_rng(11)
+    claims, tries = 0, 500
+    for number in range(tries):
+        x, y = (rng.normal(size=(2, 10)) if kind == "normal" else accuracies(rng, 2, 10)).tolist()
+        interval = paired_difference_interval([x], [y], replicates=400, seed=number)
+        better = probability_of_improvement([x], [y])
+        claims += (
+            interval is not None
+            and not interval[0] <= 0 <= interval[1]
+            and max(better, 1 - better) >= 0.75
+            and sign_flip_test(np.subtract(x, y)) <= 0.05
+        )
+    assert 0 < claims <= tries * (0.05 + 2 * math.sqrt(0.05 * 0.95 / tries))

@@ -167,6 +167,13 @@ def _notes(rows: pl.DataFrame, planned: int | None) -> list[str]:
     searched = runs.filter(~tested, status="diverged").height
     if searched:
         notes.append(f"{searched} runs of the search or the panel diverged (counted with the worst score).")
+    trained = runs.filter(pl.col("status") != "failed")
+    unknown = trained["verdict"].null_count()
+    if unknown:
+        notes.append(f"Kernels not examined in {unknown} of {trained.height} runs: arena doctor does that.")
+    wrong = trained.filter(pl.col("verdict").str.starts_with("wrong")).height
+    if wrong:
+        notes.append(f"WRONG kernels where {wrong} runs were trained: arena doctor says which.")
     if rows.filter(pl.col("reported"), pl.col("split") == "train").height:
         notes.append(
             "Lengths marked * have so few sequences that training may have met them all: they are no test."

@@ -201,10 +201,12 @@ def test_rows_carry_the_verdict(tmp_path):
     assert load_results(tmp_path / "before")["verdict"].to_list() == [None] * len(
         load_results(tmp_path / "before")
     )
+    assert "Kernels not examined in 1 of 1 runs" in arena("report", "before").out
     assert arena("doctor", "small.toml").code == 0
     assert arena("grid", "small.toml", "--out", "after", "--workers", "1").code == 0
     (kept,) = set(load_results(tmp_path / "after")["verdict"])
     assert re.fullmatch(r"ok-[0-9a-f]{16}", kept)
+    assert "Kernels" not in arena("report", "after").out
     wrong = arena("doctor", "nosuch")
     assert (
         wrong.code == 2

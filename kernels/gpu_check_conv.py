@@ -1,10 +1,8 @@
-"""Check and time the Triton kernels of sLSTM and short convolutions: ``python -m kernels.gpu_check_conv``.
+"""Check the Triton kernels of sLSTM and short convolutions on a GPU: ``python -m kernels.gpu_check_conv``.
 
-    check   outputs and every gradient against the float64 reference (in several processes: most of the time
-            is compilation)
-    bench   sLSTM beside the torch path; the convolutions beside the copy bandwidth measured in the same run
-    sweep   launch settings side by side, microseconds of each kernel
-    all     check, then bench
+Outputs and every gradient against the float64 reference, with NaN left in the allocator's free memory, and
+twice, for the same bits; also from under ``vmap``, a CUDA graph and ``torch.compile``. In several processes:
+most of the time is compilation. ``kernels.gpu_bench_conv`` times what has passed.
 
 Results are printed and, with ``--out FILE``, written as JSON with the GPU's name and the versions.
 """
@@ -17,29 +15,23 @@ import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.testing import do_bench, do_bench_cudagraph
 
 from kernels.short_conv import triton_dynamic, triton_static
 from kernels.short_conv.dynamic import dynamic_short_conv
 from kernels.short_conv.packing import packing_of
 from kernels.short_conv.reference import short_conv_reference
-from kernels.slstm.fused import slstm_fused
 from kernels.slstm.reference import slstm_reference
 
 triton_slstm = importlib.import_module("kernels.slstm.triton")
 # normwise relative errors allowed: the whole budget in fp32; one rounding of the result and more in 16 bits.
 # The sLSTM feeds what it rounds back into itself.
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
-LM = (4, 4096, 2048, 4, 16)
-SLSTM_SHAPES = ((64, 256, 2, 32), (64, 512, 4, 64), (1024, 256, 2, 32), (16, 1024, 4, 128))
 
 Case = tuple[str, tuple[int, ...], torch.dtype, dict[str, Any]]
 
@@ -64,6 +56,20 @@ def cases_of() -> list[Case]:
         for lengths in ((1, 2, 0, 60, 3, 100), (64, 1, 1, 1, 65)):
             cases.append(("static", (1, sum(lengths), 80, 4), dtype, full | {"lengths": lengths}))
             cases.append(("low-rank", (1, sum(lengths), 80, 4, 5), dtype, full | {"lengths": lengths}))
+            cases.append(("head-wise", (1, sum(lengths), 80, 4, 5), dtype, full | {"lengths": lengths}))
+        for how in ("vmap", "graph", "compile"):
+            cases.append(("slstm", (5, 40, 2, 32), dtype, {"initial": True, "how": how}))
+            cases.append(("static", (2, 70, 96, 4), dtype, full | {"how": how}))
+            cases.append(("low-rank", (2, 70, 96, 4, 16), dtype, full | {"how": how}))
+            cases.append(("head-wise", (2, 70, 96, 4, 6), dtype, full | {"how": how}))
+    for i, (name, shape) in enumerate((("static", ()), ("low-rank", (16,)), ("head-wise", (4,)))):
+        step = (5, 1, 64, 4, *shape)
+        cases.append((name, step, types[i % 3], full))
+        cases.append((name, (2, 9000, 64, 4, *shape), types[(i + 1) % 3], full | {"initial": False}))
+        cases.append((name, (600, 64, 128, 4, *shape), torch.bfloat16, full))
+    cases.append(("low-rank", (2, 300, 128, 4, 64), torch.bfloat16, full))
+    cases.append(("low-rank", (2, 300, 128, 3, 64), torch.float32, full))
+    cases.append(("low-rank", (2, 300, 2048, 4, 14), torch.float16, {"bias": True, "residual": True}))
     return cases
 
 
@@ -156,34 +162,68 @@ def errors_of(case: Case) -> dict[str, float]:
     inputs, ours, truth = make(case)
     dtype = case[2]
 
-    def evaluate(operator: Callable, to: torch.dtype, weights: list[Tensor] | None):
+    def evaluate(operator: Callable, to: torch.dtype, weights: list[Tensor] | None, how: str = ""):
         leaves = {key: x.to(to).requires_grad_() for key, x in inputs.items()}
-        out = operator(leaves)
-        if weights is None:
-            rng = torch.Generator(device="cuda").manual_seed(1)
-            weights = [
-                torch.randn(o.shape, generator=rng, device="cuda", dtype=torch.float64).to(dtype).double()
-                for o in out
-            ]
-        loss = sum((o.double() * w).sum() for o, w in zip(out, weights, strict=True))
-        grads = torch.autograd.grad(loss, list(leaves.values()))
-        return {
-            **{f"out{i}": o.detach() for i, o in enumerate(out)},
-            **{f"d_{key}": g for key, g in zip(leaves, grads, strict=True)},
-        }, weights
+        if how == "vmap":  # the second of two replicas; the first has other values
+            operator = second_replica(operator)
+        elif how == "compile":
+            operator = torch.compile(operator)
+
+        def run() -> tuple[list[Tensor], list[Tensor]]:
+            out = operator(leaves)
+            nonlocal weights
+            if weights is None:
+                rng = torch.Generator(device="cuda").manual_seed(1)
+                weights = [
+                    torch.randn(o.shape, generator=rng, device="cuda", dtype=torch.float64).to(dtype).double()
+                    for o in out
+                ]
+            loss = sum((o.double() * w).sum() for o, w in zip(out, weights, strict=True))
+            return out, list(torch.autograd.grad(loss, list(leaves.values())))
+
+        out, grads = replayed(run) if how == "graph" else run()
+        found = {f"out{i}": o.detach() for i, o in enumerate(out)}
+        return found | {f"d_{key}": g for key, g in zip(leaves, grads, strict=True)}, weights
 
     want, weights = evaluate(truth, torch.float64, None)
     torch.cuda.empty_cache()  # leave NaN in the allocator's free blocks: what a kernel does not write shows
     blocks = [torch.full((1 << n,), float("nan"), device="cuda") for n in (24, 22, 20, 18, 16, 14)]
     del blocks
-    found, _ = evaluate(ours, dtype, weights)
-    again, _ = evaluate(ours, dtype, weights)
+    how = case[3].get("how", "")
+    found, _ = evaluate(ours, dtype, weights, how)
+    again, _ = evaluate(ours, dtype, weights, how)
     errors = {
         key: float((found[key].double() - b).norm() / b.norm().clamp_min(1e-30)) for key, b in want.items()
     }
     if not all(torch.equal(found[key], again[key]) for key in found):
         errors["not deterministic"] = float("inf")
     return errors
+
+
+def second_replica(operator: Callable) -> Callable:
+    """The operator under vmap over two replicas, of which the first has other values."""
+
+    def run(leaves: dict[str, Tensor]) -> list[Tensor]:
+        stacked = {key: torch.stack([0.5 * x.detach(), x]) for key, x in leaves.items()}
+        return [x[1] for x in torch.func.vmap(operator)(stacked)]
+
+    return run
+
+
+def replayed(run: Callable) -> tuple[list[Tensor], list[Tensor]]:
+    """What a CUDA graph of the call leaves, poisoned before the replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, grads = run()
+    for x in (*out, *grads):
+        x.detach().fill_(float("nan"))
+    graph.replay()
+    return [x.detach().clone() for x in out], [x.clone() for x in grads]
 
 
 def judge(case: Case) -> dict:
@@ -228,172 +268,23 @@ def report(row: dict) -> None:
         print("     ", row["options"], {key: f"{x:.0e}" for key, x in errors.items()}, flush=True)
 
 
-def copy_rate() -> float:
-    """Bytes a second, read and written, of a device-to-device copy."""
-    a = torch.randn(1 << 28, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / (do_bench(lambda: b.copy_(a), warmup=20, rep=100, return_mode="median") / 1e3)
-
-
-def conv_of(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Callable, list[Tensor]]:
-    """A convolution of the language-model shape over fixed random inputs, and its leaves."""
-    B, T, D, W, R = LM
-    form = {"static": "static", "static silu": "static", "head-wise": "head-wise"}.get(name, "low-rank")
-    options = {"bias": True, "residual": form != "static", "silu": name == "static silu"}
-    shape = (B, T, D, W, D // 16 if form == "head-wise" else R)
-    if name == "low-rank no bias":
-        options["bias"] = False
-    inputs, ours, _ = make((form, shape if form != "static" else shape[:4], dtype, options))
-    leaves = {key: x.to(dtype).requires_grad_() for key, x in inputs.items()}
-    return lambda: ours(leaves)[0], list(leaves.values())
-
-
-def kernel_times(run: Callable, leaves: list[Tensor], repeats: int = 20) -> dict[str, float]:
-    """Mean microseconds on the GPU of each kernel in one forward and backward, the small sums included."""
-    upstream = torch.randn_like(run())
-    flush = torch.empty(1 << 26, device="cuda")
-
-    def call() -> None:
-        out = run()
-        torch.autograd.grad(out, leaves, upstream)
-
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            flush.zero_()
-            call()
-        torch.cuda.synchronize()
-    times: dict[str, float] = {}
-    for event in profile.key_averages():
-        key = event.key if event.key in ("forward_kernel", "backward_kernel") else "sums"
-        if "FillFunctor" not in event.key and event.device_time_total > 0:
-            times[key] = times.get(key, 0.0) + event.device_time_total / repeats
-    return times
-
-
-def bench() -> list[dict]:
-    """Rows of times."""
-    rate = copy_rate()
-    rows: list[dict] = [{"what": "copy", "TB/s": rate / 1e12}]
-    B, T, D, W, R = LM
-    for name in ("static", "static silu", "low-rank", "low-rank no bias", "head-wise"):
-        run, leaves = conv_of(name)
-        extra = {"head-wise": 3 * W * D // 16, "low-rank": 4 * R, "low-rank no bias": 4 * R}.get(name, 0)
-        least = B * T * (5 * D + extra) * 2  # every input read once, every output written once, both passes
-        times = kernel_times(run, leaves)
-        spent = sum(times.values())
-        upstream = torch.randn_like(run())
-        call = partial(lambda run, *rest: torch.autograd.grad(run(), *rest), run, leaves, upstream)
-        replayed = do_bench_cudagraph(call, rep=60, return_mode="median")
-        row = {"what": name, "us": times, "total_us": spent, "graph_us": replayed * 1e3}
-        row |= {"of_copy": least / rate / (spent * 1e-6), "of_copy_graph": least / rate / (replayed * 1e-3)}
-        rows.append(row)
-        print(row, flush=True)
-    for shape, dtype in itertools.product(SLSTM_SHAPES, (torch.float32, torch.bfloat16)):
-        rows.append(slstm_times(shape, dtype))
-        print(rows[-1], flush=True)
-    return rows
-
-
-def slstm_times(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
-    """Milliseconds of a forward and backward as the user calls them, ours and the torch path's."""
-    B, T, H, K = shape
-    gates = torch.randn(B, T, 4, H, K, device="cuda", dtype=dtype, requires_grad=True)
-    recurrent = (torch.randn(4, H, K, K, device="cuda") * K**-0.5).requires_grad_()
-
-    def ours() -> None:
-        triton_slstm.slstm_triton(gates, recurrent, None)[0].sum().backward()
-
-    def torch_path() -> None:
-        slstm_fused(gates.float(), recurrent, None, False)[0].sum().backward()
-
-    mine = do_bench(ours, warmup=10, rep=60, return_mode="median")
-    theirs = do_bench(torch_path, warmup=1, rep=1, return_mode="median")
-    row = {"what": "slstm", "shape": shape, "dtype": str(dtype)[6:]}
-    return row | {"triton_ms": round(mine, 3), "torch_ms": round(theirs, 3), "ratio": round(theirs / mine, 1)}
-
-
-def settings_of() -> list[tuple[str, dict]]:
-    """Launch settings worth comparing at the language-model shape."""
-    found: list[tuple[str, dict]] = []
-    for block, ahead, run in itertools.product((128, 256), (4, 8), (64, 128)):
-        for name in ("static", "static silu"):
-            found.append((name, {"channel_block": block, "ahead": ahead, "run": run}))
-    for time, block, warps in (
-        (32, 64, 4), (32, 64, 8), (32, 128, 8), (64, 64, 8), (32, 32, 1), (32, 128, 4), (64, 64, 4),
-        (16, 64, 1), (64, 128, 8), (64, 32, 4),
-    ):  # fmt: skip
-        for registers in (None, 128):
-            setting = {"time_block": time, "channel_block": block, "warps": warps, "registers": registers}
-            found.append(("low-rank", setting | {"tiles_a_run": 1024 // time}))
-    found.append(("low-rank", {"time_block": 32, "channel_block": 64, "warps": 8, "tiles_a_run": 64}))
-    found.append(("low-rank", {"time_block": 32, "channel_block": 64, "warps": 8, "tiles_a_run": 16}))
-    found.append(("low-rank no bias", {"time_block": 32, "channel_block": 64, "warps": 4, "tiles_a_run": 32}))
-    return found
-
-
-def set_launch(name: str, setting: dict) -> None:
-    """Make every later launch of ours use these settings."""
-    module = triton_static if name.startswith("static") else triton_dynamic
-    usual = module.__dict__.setdefault("usual_launch_of", module.launch_of)
-    module.launch_of = lambda *args: replace(usual(*args), **setting)  # type: ignore[attr-defined]
-
-
-def compile_setting(work: tuple[str, dict]) -> str:
-    """Run a setting once, so that its kernels lie in Triton's cache; the error if it fails."""
-    try:
-        set_launch(*work)
-        run, leaves = conv_of(work[0])
-        torch.autograd.grad(run().sum(), leaves)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:120]}"
-    return ""
-
-
-def sweep(jobs: int) -> list[dict]:
-    """Time the kernels under every launch setting; a row a setting."""
-    settings = settings_of()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        failures = list(pool.map(compile_setting, settings))
-    rows = []
-    for (name, setting), failure in zip(settings, failures, strict=True):
-        row: dict = {"what": name, **setting}
-        if failure:
-            row["error"] = failure
-        else:
-            set_launch(name, setting)
-            row |= {key: round(x, 1) for key, x in kernel_times(*conv_of(name)).items()}
-        rows.append(row)
-        print(*row.items() if failure else row.values(), flush=True)
-    return rows
-
-
 def main() -> None:
-    """Parse, run, print, write."""
+    """Parse, check, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("check", "bench", "sweep", "all"), nargs="?", default="all")
     parser.add_argument("--out")
     parser.add_argument("--jobs", type=int, default=14)
     options = parser.parse_args()
-    result: dict = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    if options.what in ("check", "all"):
-        result["check"] = check(options.jobs)
-    if options.what in ("bench", "all"):
-        result["bench"] = bench()
-    if options.what == "sweep":
-        result["sweep"] = sweep(options.jobs)
+    result = versions() | {"check": check(options.jobs)}
     if options.out:
         with open(options.out, "w") as file:
             json.dump(result, file, indent=1, default=str)
-    if not all(row["good"] for row in result.get("check", [])):
+    if not all(row["good"] for row in result["check"]):
         raise SystemExit(1)
+
+
+def versions() -> dict[str, Any]:
+    """The GPU's name and what ran on it."""
+    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
 
 
 if __name__ == "__main__":

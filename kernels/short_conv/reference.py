@@ -8,6 +8,7 @@ from torch import Tensor
 
 MAX_TRITON_WIDTH = 8
 MAX_TRITON_RANK = 64
+MAX_TRITON_SUMS = 256
 
 
 def check_activation(activation: str | None) -> None:
@@ -22,6 +23,9 @@ def kernel_refusal(x: Tensor, width: int, rank: int = 1) -> str | None:
         return f"takes float32, bfloat16 or float16, not {x.dtype}"
     if width > MAX_TRITON_WIDTH or rank > MAX_TRITON_RANK:
         return f"takes widths up to {MAX_TRITON_WIDTH} and ranks up to {MAX_TRITON_RANK}, not {width}, {rank}"
+    padded = 1 << max(4, (rank - 1).bit_length())
+    if x.dtype == torch.float32 and width * padded > MAX_TRITON_SUMS:  # they would not fit on chip
+        return f"takes {MAX_TRITON_SUMS // width} ranks at width {width} in float32, not {rank}"
     return None
 
 

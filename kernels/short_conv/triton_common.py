@@ -6,9 +6,13 @@ import contextlib
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from kernels.short_conv.packing import Packing
+from kernels.short_conv.triton_tiles import sum_kernel
+
+SUM_ROWS, SUM_BLOCK = 16, 256
 
 
 def places_of(packing: Packing | None, width: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -54,11 +58,17 @@ def silu_slope(before: Tensor) -> Tensor:
     return s * (1 + before * (1 - s))
 
 
-def total(parts: Tensor | None, dim: int, like: Tensor | None) -> Tensor | None:
-    """The sum of partial sums, in the type of the tensor whose gradient it is."""
-    if parts is None or like is None:
-        return None
-    return (parts.select(dim, 0) if parts.shape[dim] == 1 else parts.sum(dim)).to(like.dtype)
+def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the second axis of partial sums [A,P,...] in fp32, added up in a fixed order."""
+    A, P = parts.shape[:2]
+    out = torch.empty(A, *parts.shape[2:], dtype=dtype, device=parts.device)
+    if out.numel() > 0 and P > 0:
+        count = out.numel() // A
+        grid = triton.cdiv(count, SUM_BLOCK), A
+        with device_of(parts):
+            sum_kernel[grid](parts, out, count, P, SUM_ROWS, SUM_BLOCK, num_warps=4)
+        return out
+    return out.zero_()
 
 
 def precision_of(x: Tensor, half: bool) -> str:

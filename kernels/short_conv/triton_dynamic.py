@@ -17,8 +17,10 @@ import triton
 from torch import Tensor
 
 from kernels.folding import fold, unfold
+from kernels.short_conv import triton_headwise_kernels, triton_lowrank_kernels
 from kernels.short_conv.packing import Packing
 from kernels.short_conv.triton_common import (
+    add_parts,
     contiguous,
     device_of,
     filled,
@@ -27,11 +29,14 @@ from kernels.short_conv.triton_common import (
     precision_of,
     silu_slope,
     state_gradient,
-    total,
 )
-from kernels.short_conv.triton_dynamic_kernels import backward_kernel, forward_kernel
 
 __all__ = ["dynamic_triton"]
+
+SLICE = 32
+"""Channels that the low-rank kernels take at a time."""
+ENOUGH = 264
+"""Programs that fill a GPU: runs of tokens are cut shorter until there are that many."""
 
 
 def dynamic_triton(
@@ -61,53 +66,37 @@ class Launch:
     """How a kernel is launched; chosen by :func:`launch_of`."""
 
     time_block: int
-    """Tokens at a time, a power of two of at least 16."""
-    channel_block: int
-    """Channels a program, a power of two of at least 16."""
-    tiles_a_run: int
-    """Time blocks that one program walks through."""
+    """Tokens at a time, a power of two, at least 16 (low-rank: 16 a warp)."""
+    channels: int
+    """Channels a program, a power of two of at least 16 (low-rank: of at least 32)."""
+    run: int
+    """Tokens that one program walks through, a multiple of ``time_block``."""
     warps: int
     """Warps a program."""
-    stages: int
-    """Depth of Triton's software pipeline."""
-    registers: int | None = None
-    """Registers a thread at most, so that more programs fit on the chip; None: as many as there are."""
-    sums: str
-    """Precision of the products that sum dU and dz; see ``triton_products.py``."""
 
 
-def launch_of(x: Tensor, backward: bool, held: int) -> Launch:
-    """The settings: in 16 bits from a sweep on an H100, B4 T4096 D2048 W4 R16 (``kernels.gpu_check_conv``).
+def launch_of(x: Tensor, ranks: int, backward: bool) -> Launch:
+    """The settings: from sweeps on an H100 (``kernels.gpu_bench_conv``).
 
     Args:
         x: [G,B,T,D].
+        ranks: W times the padded rank; 0 for the head-wise form.
         backward: For the backward kernel.
-        held: Sums that the backward keeps on chip for every channel, W times the padded rank; head-wise 0.
     """
+    G, B, T, D = x.shape
     wide = x.element_size() == 2
-    channels = 64 if wide else 32
-    if backward and held > 0:
-        channels = min(channels, max(16, 4096 // triton.next_power_of_2(held)))
-    channels = min(channels, max(16, triton.next_power_of_2(x.shape[-1])))
-    time = min(64 if backward and wide else 32, max(16, triton.next_power_of_2(x.shape[2])))
-    return Launch(
-        time_block=time,
-        channel_block=channels,
-        tiles_a_run=1024 // time,
-        warps=4,
-        stages=1,
-        sums=precision_of(x, half=True),
-    )
-
-
-def held_by(u: Tensor | None) -> int:
-    """W times the padded rank of u [G,R,W,D]; head-wise 0."""
-    return 0 if u is None else u.shape[2] * padded(u.shape[1])
-
-
-def padded(rank: int) -> int:
-    """The block that holds the ranks: a power of two, at least the 16 that a matrix product needs."""
-    return max(16, triton.next_power_of_2(rank))
+    if ranks > 0:
+        channels, time, warps = (64, 64, 4) if wide else (32, 32, 2)
+        if D <= 32 or (backward and ranks > 128):  # what is summed up on chip does not fit for more
+            channels = 32
+    else:
+        channels, time, warps = (64 if wide else 32), (64 if backward and wide else 32), 4
+        channels = min(channels, max(16, triton.next_power_of_2(D)))
+        time = min(time, max(16, triton.next_power_of_2(T)))
+    run, tiles = 1024, triton.cdiv(D, channels)
+    while run > time and G * B * triton.cdiv(T, run) * tiles < ENOUGH:
+        run //= 2
+    return Launch(time_block=time, channels=channels, run=run, warps=warps)
 
 
 class DynamicConv(torch.autograd.Function):
@@ -129,23 +118,15 @@ class DynamicConv(torch.autograd.Function):
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         """Launch the forward kernel."""
-        tensors = contiguous(x, z, u, filters, bias, state, pos, seq, head)
-        x = tensors[0]
+        inputs = contiguous(x, z, u, filters, bias, state, pos, seq)
+        x = inputs[0]
         y = torch.empty_like(x)
         before = torch.empty_like(x) if keep else x.new_empty(*x.shape[:3], 0)
         if y.numel() > 0:
-            launch = launch_of(x, False, held_by(tensors[2]))
-            grid, numbers, names = geometry(launch, *tensors)
+            kernels, grid, pointers, numbers, names = call_of(False, *inputs)
             with device_of(x):
-                forward_kernel[grid](
-                    *filled(x, *tensors[:8]),
-                    y,
-                    before,
-                    *numbers,
-                    SILU=silu,
-                    RESIDUAL=residual,
-                    STORE=keep,
-                    **names,
+                kernels.forward_kernel[grid](
+                    *pointers, y, before, *numbers, SILU=silu, RESIDUAL=residual, STORE=keep, **names
                 )
         return y, before
 
@@ -189,41 +170,44 @@ class DynamicConvGradient(torch.autograd.Function):
         residual: bool,
     ) -> tuple[Tensor | None, ...]:
         """Launch the backward kernel, add up its partial sums."""
-        dy, before, *tensors = contiguous(dy, before, x, z, u, filters, bias, state, pos, seq, head)
-        x, z, u, filters, bias, state = tensors[:6]
-        launch = launch_of(x, True, held_by(u))
-        grid, numbers, names = geometry(launch, *tensors)
+        dy, before, *inputs = contiguous(dy, before, x, z, u, filters, bias, state, pos, seq)
+        x, z, u, filters, bias, state = inputs[:6]
+        kernels, grid, pointers, numbers, names = call_of(True, *inputs)
         G, B, T, D = x.shape
-        runs = grid[0] // max(1, G * B)
         dx = torch.empty_like(x)
 
-        def room(wanted: Tensor | None, *size: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-            return None if wanted is None else torch.empty(*size, dtype=dtype, device=x.device)
+        def room(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(*size, dtype=dtype, device=x.device)
 
-        W, R = names["W"], names["R"]
-        dz = room(z, grid[1], G, B, T, R)
-        du = room(u, G, B * runs, R, W, D)
-        d_bias = room(bias, G, B * runs, W, D)
-        d_filters = None
-        if filters is not None:
-            parts = triton.cdiv(D // names["Q"], names["SPAN"])
-            exact = filters.dtype if parts == 1 else torch.float32
-            d_filters = torch.empty(parts, *filters.shape, dtype=exact, device=x.device)
+        runs, W = grid[0] // max(1, G * B), names["W"]
+        if u is not None:
+            ranks = u.shape[1] + (bias is not None)
+            parts = room(grid[1], G, B, T, u.shape[1]), room(G, B * runs, ranks, W, D)
+        else:
+            assert filters is not None
+            tiles = triton.cdiv(D // names["Q"], names["SPAN"])  # of one group
+            exact = filters.dtype if tiles == 1 else torch.float32
+            parts = room(tiles, *filters.shape, dtype=exact), room(G, B * runs, W, 0 if bias is None else D)
         if x.numel() > 0:
             with device_of(x):
-                backward_kernel[grid](
-                    *filled(x, *tensors[:8]), before, dy, dx,
-                    *filled(dx, dz, du, d_filters, d_bias), *numbers,
-                    SILU=silu, RESIDUAL=residual, SUMS=launch.sums, **names,
-                )  # fmt: skip
+                kernels.backward_kernel[grid](
+                    *pointers, before, dy, dx, *parts, *numbers, SILU=silu, RESIDUAL=residual, **names
+                )
         d_state = None
         if state is not None:
             d_state = state_gradient(
                 first_slopes(dy, before if silu else None, head, W - 1),
                 first_taps(x, z, u, filters, bias, head, W - 1),
             ).to(state.dtype)
-        sums = (total(dz, 0, z), total(du, 1, u), total(d_filters, 0, filters), total(d_bias, 1, bias))
-        return dx, *sums, d_state
+        dz = du = d_filters = d_bias = None
+        if u is not None and z is not None:
+            dz = add_parts(parts[0][None], z.dtype)[0]
+            du, d_bias = split_ranks(parts[1], u, bias)
+        else:
+            assert filters is not None
+            d_filters = parts[0][0] if len(parts[0]) == 1 else add_parts(parts[0][None], filters.dtype)[0]
+            d_bias = None if bias is None else add_parts(parts[1], bias.dtype)
+        return dx, dz, du, d_filters, d_bias, d_state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -241,8 +225,8 @@ class DynamicConvGradient(torch.autograd.Function):
         return unfold(size, DynamicConvGradient.apply(*fold(size, in_dims[:11], args[:11]), *args[11:]))
 
 
-def geometry(
-    launch: Launch,
+def call_of(
+    backward: bool,
     x: Tensor,
     z: Tensor | None,
     u: Tensor | None,
@@ -251,43 +235,59 @@ def geometry(
     state: Tensor | None,
     pos: Tensor | None,
     seq: Tensor | None,
-    head: Tensor | None,
-) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
-    """The grid, the sizes and the compile-time arguments that both dynamic kernels take."""
+) -> tuple[Any, tuple[int, int], list[Tensor], tuple[int, ...], dict[str, Any]]:
+    """Kernels, grid, first pointers, sizes and compile-time arguments of a launch over contiguous inputs."""
     G, B, T, D = x.shape
-    if u is not None:
-        R, W, Q = u.shape[1], u.shape[2], 1
-    else:
-        assert filters is not None
-        R, W, Q = 1, filters.shape[3], filters.shape[4]
-    span = min(launch.channel_block, triton.next_power_of_2(D // Q))
-    if u is not None:
-        tiles = triton.cdiv(D, launch.channel_block)
-    else:
-        tiles = triton.cdiv(Q, launch.channel_block // span) * triton.cdiv(D // Q, span)
-    run = launch.time_block * launch.tiles_a_run
-    same = all(a is None or a.dtype == x.dtype for a in (z, u))
+    launch = launch_of(x, 0 if u is None else u.shape[2] * padded(u.shape[1]), backward)
     names = {
         "D": D,
-        "W": W,
-        "R": R,
-        "Q": Q,
         "BT": launch.time_block,
-        "BD": launch.channel_block,
-        "BR": padded(R),
-        "SPAN": span,
-        "LOW_RANK": u is not None,
         "HAS_WEIGHT": bias is not None,
         "HAS_STATE": state is not None,
         "PACKED": pos is not None,
-        "PRECISION": precision_of(x, same),
         "num_warps": launch.warps,
-        "num_stages": launch.stages,
+        "num_stages": 1,
     }
-    if launch.registers is not None and x.is_cuda:
-        names["maxnreg"] = launch.registers
+    if u is not None:
+        R, W = u.shape[1:3]
+        precision = precision_of(x, all(a is None or a.dtype == x.dtype for a in (z, u)))
+        folds = bias is not None and precision == "half" and padded(R + 2) <= max(32, padded(R))
+        names |= {
+            "W": W,
+            "R": R,
+            "BR": padded(R),
+            "BF": padded(R + 2 * folds),
+            "SLICES": launch.channels // SLICE,
+            "WARPS": launch.warps,
+            "FOLD": folds,
+            "PRECISION": precision,
+        }
+        kernels: Any = triton_lowrank_kernels
+        pointers, tiles = filled(x, x, z, u, bias, state, pos, seq), triton.cdiv(D, launch.channels)
+    else:
+        assert filters is not None
+        W, Q = filters.shape[3:]
+        span = min(launch.channels, triton.next_power_of_2(D // Q))
+        names |= {"W": W, "Q": Q, "BD": launch.channels, "SPAN": span}
+        kernels = triton_headwise_kernels
+        pointers = filled(x, x, filters, bias, state, pos, seq)
+        tiles = triton.cdiv(Q, launch.channels // span) * triton.cdiv(D // Q, span)
     states = B if state is None else state.shape[1]
-    return (G * B * triton.cdiv(T, run), tiles), (T, run, B, states), names
+    grid = G * B * triton.cdiv(T, launch.run), tiles
+    return kernels, grid, pointers, (T, launch.run, B, states), names
+
+
+def padded(rank: int) -> int:
+    """The block that holds the ranks: a power of two, at least the 16 that a matrix product needs."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def split_ranks(parts: Tensor, u: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of U and of the static taps from partial sums [G,P,R or R+1,W,D] of both."""
+    if bias is None:
+        return add_parts(parts, u.dtype), None
+    both = add_parts(parts, u.dtype if u.dtype == bias.dtype else torch.float32)
+    return both[:, :-1].to(u.dtype), both[:, -1].to(bias.dtype)
 
 
 def first_slopes(dy: Tensor, before: Tensor | None, head: Tensor | None, rows: int) -> Tensor:

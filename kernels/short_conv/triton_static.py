@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.folding import fold, unfold
 from kernels.short_conv.packing import Packing
 from kernels.short_conv.triton_common import (
+    add_parts,
     contiguous,
     device_of,
     filled,
@@ -26,7 +27,6 @@ from kernels.short_conv.triton_common import (
     places_of,
     silu_slope,
     state_gradient,
-    total,
 )
 from kernels.short_conv.triton_static_kernels import backward_kernel, forward_kernel
 
@@ -153,7 +153,8 @@ class StaticConvGradient(torch.autograd.Function):
             if silu:
                 dc = dc * silu_slope(first_outputs(x, weight, bias, state, head))
             d_state = state_gradient(dc, weight[:, None, None].to(torch.float32)).to(state.dtype)
-        return dx, total(d_weight, 1, weight), total(d_bias, 1, bias), d_state
+        d_bias = None if bias is None else add_parts(d_bias, bias.dtype)
+        return dx, add_parts(d_weight, weight.dtype), d_bias, d_state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

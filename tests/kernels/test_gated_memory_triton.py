@@ -1,55 +1,23 @@
 """The gated memory's Triton kernels in Triton's interpreter, on the CPU, against the float64 token loop."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from triton_interpreter import compiled, interpreted, poisoned, run_in_a_fresh_process  # noqa: F401
 
+from kernels.gated_memory import triton as ours
 from kernels.gated_memory.reference import gated_memory_reference
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
-
-from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
-
-from kernels.gated_memory import triton as ours  # noqa: E402
-
-INTERPRETED = isinstance(triton.language.zeros, InterpretedFunction) and isinstance(
-    ours.step_kernel, InterpretedFunction
-)
-interpreted = pytest.mark.skipif(
-    not INTERPRETED, reason="Triton was imported without its interpreter; test_in_a_fresh_process runs these"
-)
 NAMES = ("o", "state", "dq", "dk", "dv", "d_log_decay", "d_erase", "d_write", "d_initial")
 KINDS = list(itertools.product(range(3), repeat=3))
 # T, K, V: one token, less than a chunk, several chunks and a rest; widths that are no power of two, K != V
 SHAPES = ((1, 20, 16), (19, 8, 40), (35, 16, 12), (32, 5, 3))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
+@compiled
 def test_in_a_fresh_process():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fill every buffer that the launcher takes with NaN: what a kernel does not write shows."""
-
-    def poison(make):
-        def made(*args, **kwargs):
-            x = make(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    run_in_a_fresh_process(__file__)
 
 
 def inputs_of(seed, shape, kinds, *, initial=False, sign=False, dtype=torch.float32):

@@ -1,8 +1,6 @@
 """The short convolutions' Triton kernels in Triton's interpreter, on the CPU, against loops of their own."""
 
 import itertools
-import os
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -10,46 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.func import vmap
+from triton_interpreter import compiled, interpreted, poisoned, run_in_a_fresh_process  # noqa: F401
 
 from kernels import dynamic_short_conv, short_conv
+from kernels.short_conv import triton_dynamic
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
-
-from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
-
-from kernels.short_conv import triton_dynamic, triton_static  # noqa: E402
-
-INTERPRETED = isinstance(triton.language.zeros, InterpretedFunction) and isinstance(
-    triton_static.forward_kernel, InterpretedFunction
-)
-interpreted = pytest.mark.skipif(
-    not INTERPRETED, reason="Triton was imported without its interpreter; test_in_a_fresh_process runs these"
-)
 FLAGS = list(itertools.product((False, True), repeat=4))  # silu, residual, bias, state
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
+@compiled
 def test_in_a_fresh_process():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fill every buffer that the launcher takes with NaN: what a kernel does not write shows."""
-
-    def poison(make):
-        def made(*args, **kwargs):
-            x = make(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    run_in_a_fresh_process(__file__)
 
 
 def naive(x, *, activation=None, residual=False, initial_state=None, lengths=None, **form):
@@ -165,9 +134,11 @@ def test_shapes(form, B, T, D, W, R, Q):
 
 @interpreted
 def test_several_runs_of_the_dynamic_kernels(monkeypatch):
-    usual = triton_dynamic.launch_of
+    usual, few = triton_dynamic.launch_of, {"time_block": 16, "channels": 64, "run": 32, "warps": 1}
     monkeypatch.setattr(
-        triton_dynamic, "launch_of", lambda *args: replace(usual(*args), tiles_a_run=2, time_block=16)
+        triton_dynamic,
+        "launch_of",
+        lambda *args: replace(usual(*args), **few),
     )
     compare(inputs_of("low-rank", 2, 70, 20, 4, bias=True), torch.float32, 1e-6, residual=True)
 

@@ -1,54 +1,23 @@
 """The sLSTM's Triton kernels in Triton's interpreter, on the CPU, against the float64 token loop."""
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.func import vmap
+from triton_interpreter import compiled, interpreted, poisoned, run_in_a_fresh_process  # noqa: F401
 
+import kernels.slstm.triton  # noqa: F401
 from kernels import slstm
 from kernels.slstm.reference import slstm_reference
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
-
-from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
-
-import kernels.slstm.triton  # noqa: E402, F401
-
 ours = sys.modules["kernels.slstm.triton"]  # the package's attribute of that path is hidden by the function
-INTERPRETED = isinstance(triton.language.zeros, InterpretedFunction) and isinstance(
-    ours.forward_kernel, InterpretedFunction
-)
-interpreted = pytest.mark.skipif(
-    not INTERPRETED, reason="Triton was imported without its interpreter; test_in_a_fresh_process runs these"
-)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
+@compiled
 def test_in_a_fresh_process():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fill every buffer that the launcher takes with NaN: what a kernel does not write shows."""
-
-    def poison(make):
-        def made(*args, **kwargs):
-            x = make(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    run_in_a_fresh_process(__file__)
 
 
 def inputs_of(seed, B, T, H, K, *, initial, dtype=torch.float32, recurrent_dtype=None, forget=0.0):

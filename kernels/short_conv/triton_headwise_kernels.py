@@ -1,0 +1,178 @@
+"""The head-wise dynamic convolution as Triton kernels: one pass over the data forward, one backward.
+
+A program owns a tile of channels and a run of tokens, which it walks through BT tokens at a time. A tile is
+BD / SPAN whole groups of channels (padded to SPAN channels), or a part of one group; the gradient of filters
+whose group is wider than a tile leaves as one partial sum a tile. The gradient of the static taps stays on
+chip for the whole run and leaves it as one partial sum. ``sum_kernel`` adds them up in a fixed order.
+
+Axes: G replicas, B sequences a replica, N = G * B, T tokens, W lags, D channels, Q groups of channels.
+"""
+
+# Triton knows tuples with +, but not unpacking; to mypy these are tuples that change their type
+# ruff: noqa: RUF005
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.short_conv.triton_tiles import finish, load_lag, load_upstream, locate
+
+
+@triton.jit
+def channels_of(tile, D: tl.constexpr, Q: tl.constexpr, BD: tl.constexpr, SPAN: tl.constexpr):
+    """The channels of a tile, whether they exist, and the groups they are in."""
+    c = tl.arange(0, BD)
+    tiles: tl.constexpr = (D // Q + SPAN - 1) // SPAN  # tiles a group
+    group = (tile // tiles) * (BD // SPAN) + c // SPAN
+    member = (tile % tiles) * SPAN + c % SPAN
+    return group * (D // Q) + member, (member < D // Q) & (group < Q), group
+
+
+@triton.jit
+def taps_of(
+    filters_ptr, weight_ptr, r, inside, j: tl.constexpr, d, in_d, group,
+    D: tl.constexpr, W: tl.constexpr, Q: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """The taps of lag j at rows r, [BT, BD]."""
+    where = filters_ptr + r[:, None] * (W * Q) + j * Q + group[None, :]
+    taps = tl.load(where, mask=inside[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+    if HAS_WEIGHT:
+        taps += tl.load(weight_ptr + j * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+    return taps
+
+
+@triton.jit(do_not_specialize=["T", "run", "B", "S"])
+def forward_kernel(
+    x_ptr,  # [N, T, D]
+    filters_ptr,  # [N, T, W, Q]
+    weight_ptr,  # [G, W, D]
+    state_ptr,  # [G, S, W-1, D]
+    pos_ptr,  # [N, T] int32: place of a token in its sequence
+    seq_ptr,  # [N, T] int32: its sequence
+    y_ptr,  # [N, T, D]
+    before_ptr,  # [N, T, D]: y before the activation
+    T,
+    run,
+    B,
+    S,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    Q: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    SPAN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    SILU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STORE: tl.constexpr,
+):
+    """Make y = [x +] act(sum_j taps_j * x_{t-j})."""
+    runs = tl.cdiv(T, run)
+    n = (tl.program_id(0) // runs).to(tl.int64)
+    first = (tl.program_id(0) % runs) * run
+    g = n // B
+    d, in_d, group = channels_of(tl.program_id(1), D, Q, BD, SPAN)
+    weight_ptr += g * W * D
+    r = tl.arange(0, BT)
+    for t in range(first, tl.minimum(first + run, T), BT):
+        row = n * T + t
+        left = T - t
+        inside = r < left
+        pos, home = locate(pos_ptr, seq_ptr, row + r, t + r, n, g, inside, S, W, PACKED)
+        filters = filters_ptr + row * (W * Q)
+        for j in tl.static_range(W):
+            x = load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
+            x = x.to(tl.float32)
+            taps = taps_of(filters, weight_ptr, r, inside, j, d, in_d, group, D, W, Q, HAS_WEIGHT)
+            if j == 0:
+                now = x
+                y = x * taps
+            else:
+                y += x * taps
+        where = row * D + r[:, None] * D + d[None, :]
+        finish(y, now, y_ptr, before_ptr, where, inside[:, None] & in_d[None, :], SILU, RESIDUAL, STORE)
+
+
+@triton.jit(do_not_specialize=["T", "run", "B", "S"])
+def backward_kernel(
+    x_ptr,  # [N, T, D]
+    filters_ptr,  # [N, T, W, Q]
+    weight_ptr,  # [G, W, D]
+    state_ptr,  # [G, S, W-1, D]
+    pos_ptr,  # [N, T] int32
+    seq_ptr,  # [N, T] int32
+    before_ptr,  # [N, T, D]
+    dy_ptr,  # [N, T, D]
+    dx_ptr,  # [N, T, D]
+    d_filters_ptr,  # [tiles of a group, N, T, W, Q]
+    d_weight_ptr,  # [N, runs, W, D] fp32
+    T,
+    run,
+    B,
+    S,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    Q: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    SPAN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    SILU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """All gradients but the state's."""
+    TILES: tl.constexpr = (D // Q + SPAN - 1) // SPAN  # tiles a group
+    runs = tl.cdiv(T, run)
+    tile = tl.program_id(1)
+    n = (tl.program_id(0) // runs).to(tl.int64)
+    first = (tl.program_id(0) % runs) * run
+    g = n // B
+    N = tl.num_programs(0) // runs
+    d, in_d, group = channels_of(tile, D, Q, BD, SPAN)
+    q = (tile // TILES) * (BD // SPAN) + tl.arange(0, BD // SPAN)
+    weight_ptr += g * W * D
+    d_weights = ()
+    for _lag in tl.static_range(W):
+        d_weights = d_weights + (tl.zeros((BD if HAS_WEIGHT else 1,), tl.float32),)
+    r = tl.arange(0, BT)
+    for t in range(first, tl.minimum(first + run, T), BT):
+        row = n * T + t
+        left = T - t
+        inside = r < left
+        pos, home = locate(pos_ptr, seq_ptr, row + r, t + r, n, g, inside, S, W, PACKED)
+        filters = filters_ptr + row * (W * Q)
+        part = d_filters_ptr + ((tile % TILES) * (N * T) + row) * (W * Q)
+        dy, dc = load_upstream(dy_ptr + row * D, before_ptr + row * D, r, inside, d, in_d, D, SILU)
+        dc = dc.to(tl.float32)
+        dx = tl.zeros((BT, BD), tl.float32)
+        if RESIDUAL:
+            dx += dy.to(tl.float32)
+        sums = ()
+        for j in tl.static_range(W):
+            # what lag j gives to its taps: dc_t x_{t-j}
+            p = dc * load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
+            sums = sums + (d_weights[j] + tl.sum(p, 0) if HAS_WEIGHT else d_weights[j],)
+            total = tl.sum(tl.reshape(p, (BT, BD // SPAN, SPAN)), 2).to(d_filters_ptr.dtype.element_ty)
+            where = part + r[:, None] * (W * Q) + j * Q + q[None, :]
+            tl.store(where, total, mask=inside[:, None] & (q < Q)[None, :])
+            # what token t + j hands back to token t
+            later = r + j < left
+            if PACKED:
+                later = later & (tl.load(pos_ptr + row + j + r, mask=later, other=0) >= j)
+            up = (row + j) * D
+            _, dc_later = load_upstream(dy_ptr + up, before_ptr + up, r, later, d, in_d, D, SILU)
+            shifted = filters + j * (W * Q)
+            dx += dc_later * taps_of(shifted, weight_ptr, r, later, j, d, in_d, group, D, W, Q, HAS_WEIGHT)
+        d_weights = sums
+        where = row * D + r[:, None] * D + d[None, :]
+        tl.store(dx_ptr + where, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & in_d[None, :])
+    if HAS_WEIGHT:
+        for j in tl.static_range(W):
+            where = (tl.program_id(0).to(tl.int64) * W + j) * D + d  # program 0 is n * runs + run
+            tl.store(d_weight_ptr + where, d_weights[j], mask=in_d)

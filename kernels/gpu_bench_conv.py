@@ -19,6 +19,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -73,16 +74,21 @@ def copy_rate() -> float:
     return 2 * a.nbytes / (do_bench(lambda: b.copy_(a), warmup=20, rep=100, return_mode="median") / 1e3)
 
 
-def work_of(name: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """An operator in bf16 over fixed random inputs, and its leaves; convolutions at the shape LM."""
+def work_of(name: str, tokens: int | None = None) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """An operator in bf16 over fixed random inputs, and its leaves; convolutions at the shape LM.
+
+    ``tokens``: one sequence that short in place of LM's, enough to compile for.
+    """
     if name.startswith("slstm"):
         return slstm_work(
             SLSTM_SHAPES[[f"slstm {shape}" for shape in SLSTM_SHAPES].index(name)], torch.bfloat16
         )
-    B, T, D, W, _ = LM
+    B, T, D, W, R = LM
+    if tokens is not None:
+        B, T = 1, tokens
     form = "low-rank" if name.startswith("low-rank") else name.split()[0]
     options = {"bias": "no bias" not in name, "residual": form != "static", "silu": "silu" in name}
-    shape = {"static": (B, T, D, W), "head-wise": (B, T, D, W, D // 16)}.get(form, LM)
+    shape = {"static": (B, T, D, W), "head-wise": (B, T, D, W, D // 16)}.get(form, (B, T, D, W, R))
     inputs, ours, _ = make((form, shape, torch.bfloat16, options))
     leaves = {key: x.to(torch.bfloat16).requires_grad_() for key, x in inputs.items()}
     return lambda: ours(leaves)[0], list(leaves.values())
@@ -96,11 +102,13 @@ def times_of(run: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float
         with torch.no_grad():
             run()
 
-    def both() -> None:
-        torch.autograd.grad(run(), leaves, upstream)
-
-    alone, together = graph_us(forward), graph_us(both)
+    alone, together = graph_us(forward), graph_us(partial(gradients, run, leaves, upstream))
     return {"forward_us": alone, "backward_us": together - alone, "both_us": together}
+
+
+def gradients(run: Callable[[], Tensor], leaves: list[Tensor], upstream: Tensor) -> None:
+    """One forward and backward."""
+    torch.autograd.grad(run(), leaves, upstream)
 
 
 def bench_convolutions(rate: float) -> list[dict]:
@@ -112,13 +120,10 @@ def bench_convolutions(rate: float) -> list[dict]:
         # every input read once, every output written once, in both passes
         extra = 3 * W * D // 16 if name == "head-wise" else 4 * R if name.startswith("low-rank") else 0
         floor = B * T * (5 * D + extra) * 2 / rate * 1e6
-        row = {"what": name, **times_of(run, leaves), "floor_us": floor}
-        upstream = torch.randn_like(run())
-        row["call_us"] = 1e3 * do_bench(
-            lambda run=run, leaves=leaves, up=upstream: torch.autograd.grad(run(), leaves, up),
-            return_mode="median",
-        )
-        rows.append(row | {"of_copy": floor / row["both_us"]})
+        times = times_of(run, leaves)
+        call_us = do_bench_of(partial(gradients, run, leaves, torch.randn_like(run())), 25)
+        row = {"what": name, **times, "call_us": call_us, "floor_us": floor}
+        rows.append(row | {"of_copy": floor / times["both_us"]})
         show(rows[-1])
     x = torch.randn(B, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(D, 1, W, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -145,9 +150,9 @@ def bench_convolutions(rate: float) -> list[dict]:
             padded = torch.cat([x.new_zeros(B, W - 1, D), x], 1).double()
             want = sum(padded[:, j : j + T] * taps[:, j].double() for j in range(W)) + bias.double()
             want = want if activation is None else F.silu(want)
-            error = float((theirs().double() - want).norm() / want.norm())
+            off = float((theirs().double() - want).norm() / want.norm())
         name = f"flash-linear-attention causal_conv1d, {activation or 'no activation'}"
-        rows.append({"what": name, **times_of(theirs, [x, taps, bias]), "error": error})
+        rows.append({"what": name, **times_of(theirs, [x, taps, bias]), "error": off})
         show(rows[-1])
     return rows
 
@@ -168,15 +173,17 @@ def bench_slstm() -> list[dict]:
     for shape, dtype in itertools.product(SLSTM_SHAPES, (torch.float32, torch.bfloat16)):
         run, leaves = slstm_work(shape, dtype)
         row = {"what": "slstm", "shape": shape, "dtype": str(dtype)[6:], **times_of(run, leaves)}
-        others: dict[str, Callable] = {
-            "call_us": lambda g, r, run=run: run(),
-            "torch_call_us": lambda g, r: slstm_fused(g.float(), r, None, False)[0],
+        gates, recurrent = leaves
+        upstream = torch.randn_like(gates[:, :, 0])
+        others: dict[str, Callable[[], Tensor]] = {
+            "call_us": run,
+            "torch_call_us": lambda g=gates, r=recurrent: slstm_fused(g.float(), r, None, False)[0],  # type: ignore[misc]
         }
         if dtype == torch.float32:
-            others["loop_call_us"] = lambda g, r: slstm_reference(g, r, None)[0]
+            others["loop_call_us"] = lambda g=gates, r=recurrent: slstm_reference(g, r, None)[0]  # type: ignore[misc]
         for key, operator in others.items():
             row[key] = do_bench_of(
-                lambda o=operator, x=leaves: torch.autograd.grad(o(*x).sum(), x), 9 if key == "call_us" else 2
+                partial(gradients, operator, leaves, upstream), 9 if key == "call_us" else 3
             )
         rows.append(row)
         show(row)
@@ -186,22 +193,26 @@ def bench_slstm() -> list[dict]:
 def settings_of() -> list[tuple[str, bool, dict]]:
     """(form, backward, settings) worth comparing at the language-model shape."""
     found: list[tuple[str, bool, dict]] = []
-    tiles = ((64, 32, 4), (64, 64, 4), (64, 128, 4), (32, 32, 2), (32, 64, 2), (32, 32, 1), (16, 32, 1))
-    for (time, channels, warps), run in itertools.product((*tiles, (128, 64, 8)), (256, 512, 1024)):
-        setting = {"time_block": time, "channels": channels, "warps": warps, "run": run}
-        found.append(("low-rank", False, setting))
-    for (time, channels, warps), run in itertools.product((*tiles, (128, 64, 8)), (512, 1024, 2048)):
-        setting = {"time_block": time, "channels": channels, "warps": warps, "run": run}
-        found.append(("low-rank", True, setting))
-    for time, channels, warps in itertools.product((16, 32), (64, 128), (1, 2, 4)):
+    for shape, warps in itertools.product(SLSTM_SHAPES, (1, 2, 4, 8)):
+        found.append((f"slstm {shape}", False, {"warps": warps}))
+    for time, channels, warps, registers in (
+        (64, 64, 4, None), (64, 32, 4, None), (64, 32, 4, 128), (64, 64, 4, 128), (128, 64, 8, 128),
+    ):  # fmt: skip
+        setting = {"time_block": time, "channels": channels, "warps": warps, "registers": registers}
+        found.append(("low-rank", False, setting | {"run": 1024}))
+    for time, channels, warps, registers in (
+        (64, 64, 4, None), (64, 32, 4, None), (64, 32, 4, 168), (64, 64, 4, 168), (128, 32, 8, 128),
+        (128, 64, 8, None),
+    ):  # fmt: skip
+        setting = {"time_block": time, "channels": channels, "warps": warps, "registers": registers}
+        found.append(("low-rank", True, setting | {"run": 2048}))
+    for time, channels, warps in ((16, 64, 1), (16, 64, 2), (32, 64, 2), (32, 64, 4), (16, 128, 4)):
         for backward in (False, True):
             setting = {"time_block": time, "channels": channels, "warps": warps, "run": 256}
             found.append(("head-wise", backward, setting))
-    for channels, ahead, run in itertools.product((128, 256), (4, 8), (64, 128)):
+    for channels, ahead, run in itertools.product((128, 256), (4, 8), (128,)):
         for backward in (False, True):
             found.append(("static", backward, {"channel_block": channels, "ahead": ahead, "run": run}))
-    for shape, warps in itertools.product(SLSTM_SHAPES, (1, 2, 4, 8)):
-        found.append((f"slstm {shape}", False, {"warps": warps}))
     return found
 
 
@@ -224,7 +235,7 @@ def compile_setting(work: tuple[str, bool, dict]) -> str:
     """Run a setting once, so that its kernels lie in Triton's cache; the error if it fails."""
     try:
         set_launch(*work)
-        run, leaves = work_of(work[0])
+        run, leaves = work_of(work[0], 128)
         torch.autograd.grad(run().sum(), leaves)
         torch.cuda.synchronize()
     except Exception as error:

@@ -10,6 +10,7 @@ Results are printed and, with ``--out FILE``, written as JSON with the GPU's nam
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import itertools
 import json
@@ -46,7 +47,8 @@ def cases_of() -> list[Case]:
     for i, (W, D) in enumerate(itertools.product((1, 3, 4, 8), (96, 257))):
         options = {"silu": i % 2 == 0, "residual": i % 3 == 0, "bias": i % 3 < 2, "initial": i % 4 > 0}
         cases.append(("static", (2, 190 + i, D, W), types[i % 3], options))
-        cases.append(("low-rank", (2, 190 + i, D, W, (3, 16, 17, 40)[i % 4]), types[i % 3], options))
+        ranks = (3, 9, 14, 5) if i % 3 == 0 else (3, 16, 17, 40)  # fp32 takes fewer
+        cases.append(("low-rank", (2, 190 + i, D, W, ranks[i % 4]), types[i % 3], options))
         cases.append(("head-wise", (2, 140 + i, 96, W, (1, 3, 8, 96)[i % 4]), types[i % 3], options))
     full = {"silu": True, "residual": True, "bias": True, "initial": True}
     for dtype in types[:2]:
@@ -68,7 +70,8 @@ def cases_of() -> list[Case]:
         cases.append((name, (2, 9000, 64, 4, *shape), types[(i + 1) % 3], full | {"initial": False}))
         cases.append((name, (600, 64, 128, 4, *shape), torch.bfloat16, full))
     cases.append(("low-rank", (2, 300, 128, 4, 64), torch.bfloat16, full))
-    cases.append(("low-rank", (2, 300, 128, 3, 64), torch.float32, full))
+    cases.append(("low-rank", (2, 300, 128, 8, 62), torch.bfloat16, full))
+    cases.append(("low-rank", (2, 300, 128, 4, 30), torch.float32, full))
     cases.append(("low-rank", (2, 300, 2048, 4, 14), torch.float16, {"bias": True, "residual": True}))
     return cases
 
@@ -218,8 +221,13 @@ def replayed(run: Callable) -> tuple[list[Tensor], list[Tensor]]:
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, grads = run()
+    gc.collect()
+    gc.disable()  # what it throws away may belong to another stream, which a capture does not stand
+    try:
+        with torch.cuda.graph(graph):
+            out, grads = run()
+    finally:
+        gc.enable()
     for x in (*out, *grads):
         x.detach().fill_(float("nan"))
     graph.replay()
@@ -238,15 +246,17 @@ def judge(case: Case) -> dict:
     try:
         found = errors_of(case)
     except Exception as error:
-        return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        cause = error.__context__ or error  # what broke a capture, not that it was broken
+        return row | {"error": f"{type(cause).__name__}: {str(cause)[:300]}"}
     return row | {"errors": found, "good": all(x < LIMIT[case[2]] for x in found.values())}
 
 
-def check(jobs: int) -> list[dict]:
-    """Every case of the list; a row a case, the failures marked."""
+def check(jobs: int, only: str | None = None) -> list[dict]:
+    """Every case of the list, or of the operators ``only`` names; a row a case, the failures marked."""
+    cases = [case for case in cases_of() if only is None or case[0] in only.split(",")]
     rows = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for row in pool.map(judge, cases_of()):
+        for row in pool.map(judge, cases):
             rows.append(row)
             report(row)
     print(f"{sum(row['good'] for row in rows)} of {len(rows)} cases good", flush=True)
@@ -273,8 +283,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out")
     parser.add_argument("--jobs", type=int, default=14)
+    parser.add_argument("--only", help="operators, separated by commas: slstm, static, low-rank, head-wise")
     options = parser.parse_args()
-    result = versions() | {"check": check(options.jobs)}
+    result = versions() | {"check": check(options.jobs, options.only)}
     if options.out:
         with open(options.out, "w") as file:
             json.dump(result, file, indent=1, default=str)

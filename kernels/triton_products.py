@@ -17,8 +17,8 @@ import triton.language as tl
 @triton.jit
 def operand(x, HALF: tl.constexpr, PRECISION: tl.constexpr):
     """A factor of a product, prepared: (what is multiplied, what rounding took from it)."""
-    if PRECISION == "split":
-        # rounding, not cutting: the rest is then unbiased
+    if PRECISION == "split" or PRECISION == "tf32":
+        # rounding, which the tensor cores don't do: what they cut off is biased towards zero
         high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         low = x - high
     elif PRECISION == "half":

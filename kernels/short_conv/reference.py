@@ -8,7 +8,7 @@ from torch import Tensor
 
 MAX_TRITON_WIDTH = 8
 MAX_TRITON_RANK = 64
-MAX_TRITON_SUMS = 256
+MAX_TRITON_SUMS = 512
 
 
 def check_activation(activation: str | None) -> None:
@@ -23,10 +23,15 @@ def kernel_refusal(x: Tensor, width: int, rank: int = 1) -> str | None:
         return f"takes float32, bfloat16 or float16, not {x.dtype}"
     if width > MAX_TRITON_WIDTH or rank > MAX_TRITON_RANK:
         return f"takes widths up to {MAX_TRITON_WIDTH} and ranks up to {MAX_TRITON_RANK}, not {width}, {rank}"
-    padded = 1 << max(4, (rank - 1).bit_length())
-    if x.dtype == torch.float32 and width * padded > MAX_TRITON_SUMS:  # they would not fit on chip
-        return f"takes {MAX_TRITON_SUMS // width} ranks at width {width} in float32, not {rank}"
+    sums, most = width * padded(rank + 2), MAX_TRITON_SUMS // (4 if x.dtype == torch.float32 else 1)
+    if rank > 1 and sums > most:  # they would not fit on chip
+        return f"takes ranks up to {most // width - 2} at width {width} in {x.dtype}, not {rank}"
     return None
+
+
+def padded(ranks: int) -> int:
+    """The block that holds the ranks: a power of two, at least the 16 that a matrix product needs."""
+    return 1 << max(4, (ranks - 1).bit_length())
 
 
 def last_rows(x: Tensor, initial_state: Tensor | None, rows: int) -> Tensor:

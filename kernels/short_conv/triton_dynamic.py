@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.folding import fold, unfold
 from kernels.short_conv import triton_headwise_kernels, triton_lowrank_kernels
 from kernels.short_conv.packing import Packing
+from kernels.short_conv.reference import padded
 from kernels.short_conv.triton_common import (
     add_parts,
     contiguous,
@@ -73,6 +74,8 @@ class Launch:
     """Tokens that one program walks through, a multiple of ``time_block``."""
     warps: int
     """Warps a program."""
+    registers: int | None = None
+    """Registers a thread at most, so that more programs fit on the chip; None: as many as there are."""
 
 
 def launch_of(x: Tensor, ranks: int, backward: bool) -> Launch:
@@ -80,14 +83,14 @@ def launch_of(x: Tensor, ranks: int, backward: bool) -> Launch:
 
     Args:
         x: [G,B,T,D].
-        ranks: W times the padded rank; 0 for the head-wise form.
+        ranks: W times the padded number of ranks; 0 for the head-wise form.
         backward: For the backward kernel.
     """
     G, B, T, D = x.shape
     wide = x.element_size() == 2
     if ranks > 0:
         channels, time, warps = (64, 64, 4) if wide else (32, 32, 2)
-        if D <= 32 or (backward and ranks > 128):  # what is summed up on chip does not fit for more
+        if D <= 32 or (backward and ranks > 256):  # what is summed up on chip does not fit for more
             channels = 32
     else:
         channels, time, warps = (64 if wide else 32), (64 if backward and wide else 32), 4
@@ -238,8 +241,8 @@ def call_of(
 ) -> tuple[Any, tuple[int, int], list[Tensor], tuple[int, ...], dict[str, Any]]:
     """Kernels, grid, first pointers, sizes and compile-time arguments of a launch over contiguous inputs."""
     G, B, T, D = x.shape
-    launch = launch_of(x, 0 if u is None else u.shape[2] * padded(u.shape[1]), backward)
-    names = {
+    launch = launch_of(x, 0 if u is None else u.shape[2] * padded(u.shape[1] + 2), backward)
+    names: dict[str, Any] = {
         "D": D,
         "BT": launch.time_block,
         "HAS_WEIGHT": bias is not None,
@@ -250,36 +253,32 @@ def call_of(
     }
     if u is not None:
         R, W = u.shape[1:3]
-        precision = precision_of(x, all(a is None or a.dtype == x.dtype for a in (z, u)))
-        folds = bias is not None and precision == "half" and padded(R + 2) <= max(32, padded(R))
         names |= {
             "W": W,
             "R": R,
-            "BR": padded(R),
-            "BF": padded(R + 2 * folds),
+            "BR": padded(R + 2 * (bias is not None)),
             "SLICES": launch.channels // SLICE,
             "WARPS": launch.warps,
-            "FOLD": folds,
-            "PRECISION": precision,
+            "PRECISION": precision_of(x, all(a is None or a.dtype == x.dtype for a in (z, u))),
         }
+        if backward:
+            names["BZ"] = padded(R)
         kernels: Any = triton_lowrank_kernels
         pointers, tiles = filled(x, x, z, u, bias, state, pos, seq), triton.cdiv(D, launch.channels)
     else:
         assert filters is not None
         W, Q = filters.shape[3:]
         span = min(launch.channels, triton.next_power_of_2(D // Q))
-        names |= {"W": W, "Q": Q, "BD": launch.channels, "SPAN": span}
+        vector = min(span, 16 // x.element_size())  # 16 bytes
+        names |= {"W": W, "Q": Q, "BD": launch.channels, "SPAN": span, "VEC": vector}
         kernels = triton_headwise_kernels
         pointers = filled(x, x, filters, bias, state, pos, seq)
         tiles = triton.cdiv(Q, launch.channels // span) * triton.cdiv(D // Q, span)
+    if launch.registers is not None and x.is_cuda:
+        names["maxnreg"] = launch.registers
     states = B if state is None else state.shape[1]
     grid = G * B * triton.cdiv(T, launch.run), tiles
     return kernels, grid, pointers, (T, launch.run, B, states), names
-
-
-def padded(rank: int) -> int:
-    """The block that holds the ranks: a power of two, at least the 16 that a matrix product needs."""
-    return max(16, triton.next_power_of_2(rank))
 
 
 def split_ranks(parts: Tensor, u: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -17,13 +17,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.short_conv.triton_tiles import finish, load_lag, load_upstream, locate
+from kernels.short_conv.triton_tiles import finish, load_lag, load_upstream, locate, slope
 
 
 @triton.jit
-def channels_of(tile, D: tl.constexpr, Q: tl.constexpr, BD: tl.constexpr, SPAN: tl.constexpr):
-    """The channels of a tile, whether they exist, and the groups they are in."""
-    c = tl.arange(0, BD)
+def channels_of(tile, c, D: tl.constexpr, Q: tl.constexpr, BD: tl.constexpr, SPAN: tl.constexpr):
+    """The channels at places c of a tile, whether they exist, and the groups they are in."""
     tiles: tl.constexpr = (D // Q + SPAN - 1) // SPAN  # tiles a group
     group = (tile // tiles) * (BD // SPAN) + c // SPAN
     member = (tile % tiles) * SPAN + c % SPAN
@@ -31,16 +30,30 @@ def channels_of(tile, D: tl.constexpr, Q: tl.constexpr, BD: tl.constexpr, SPAN: 
 
 
 @triton.jit
-def taps_of(
-    filters_ptr, weight_ptr, r, inside, j: tl.constexpr, d, in_d, group,
-    D: tl.constexpr, W: tl.constexpr, Q: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
-    """The taps of lag j at rows r, [BT, BD]."""
-    where = filters_ptr + r[:, None] * (W * Q) + j * Q + group[None, :]
-    taps = tl.load(where, mask=inside[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-    if HAS_WEIGHT:
-        taps += tl.load(weight_ptr + j * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-    return taps
+def load_taps(filters_ptr, r, inside, j: tl.constexpr, group, W: tl.constexpr, Q: tl.constexpr):
+    """Lag j's generated taps at rows r, [BT, BD / VEC]: one for each vector of channels, which share it."""
+    mask = inside[:, None] & (group < Q)[None, :]
+    return tl.load(filters_ptr + r[:, None] * (W * Q) + j * Q + group[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def spread(taps, static, VEC: tl.constexpr):
+    """Taps [BT, BD / VEC] plus the static ones [BD] for all channels, [BT, BD] in fp32."""
+    taps = taps.to(tl.float32)[:, :, None] + tl.reshape(static, (1, taps.shape[1], VEC))
+    return tl.reshape(taps, (taps.shape[0], taps.shape[1] * VEC))
+
+
+@triton.jit
+def load_static(weight_ptr, d, in_d, D: tl.constexpr, W: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+    """A tuple of the W static taps [BD] in fp32; zeros where there are none."""
+    static = ()
+    for j in tl.static_range(W):
+        if HAS_WEIGHT:
+            w = tl.load(weight_ptr + j * D + d, mask=in_d, other=0.0).to(tl.float32)
+        else:
+            w = tl.zeros_like(d).to(tl.float32)
+        static = static + (w,)
+    return static
 
 
 @triton.jit(do_not_specialize=["T", "run", "B", "S"])
@@ -63,6 +76,7 @@ def forward_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
     SPAN: tl.constexpr,
+    VEC: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -75,24 +89,25 @@ def forward_kernel(
     n = (tl.program_id(0) // runs).to(tl.int64)
     first = (tl.program_id(0) % runs) * run
     g = n // B
-    d, in_d, group = channels_of(tl.program_id(1), D, Q, BD, SPAN)
-    weight_ptr += g * W * D
+    d, in_d, _ = channels_of(tl.program_id(1), tl.arange(0, BD), D, Q, BD, SPAN)
+    _, _, shared = channels_of(tl.program_id(1), tl.arange(0, BD // VEC) * VEC, D, Q, BD, SPAN)
+    static = load_static(weight_ptr + g * W * D, d, in_d, D, W, HAS_WEIGHT)
     r = tl.arange(0, BT)
     for t in range(first, tl.minimum(first + run, T), BT):
         row = n * T + t
         left = T - t
         inside = r < left
         pos, home = locate(pos_ptr, seq_ptr, row + r, t + r, n, g, inside, S, W, PACKED)
-        filters = filters_ptr + row * (W * Q)
-        for j in tl.static_range(W):
+        xs = ()
+        taps = ()
+        for j in tl.static_range(W):  # all on their way before the first is used
             x = load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
-            x = x.to(tl.float32)
-            taps = taps_of(filters, weight_ptr, r, inside, j, d, in_d, group, D, W, Q, HAS_WEIGHT)
-            if j == 0:
-                now = x
-                y = x * taps
-            else:
-                y += x * taps
+            xs = xs + (x,)
+            taps = taps + (load_taps(filters_ptr + row * (W * Q), r, inside, j, shared, W, Q),)
+        now = xs[0].to(tl.float32)
+        y = now * spread(taps[0], static[0], VEC)
+        for j in tl.static_range(1, W):
+            y += xs[j].to(tl.float32) * spread(taps[j], static[j], VEC)
         where = row * D + r[:, None] * D + d[None, :]
         finish(y, now, y_ptr, before_ptr, where, inside[:, None] & in_d[None, :], SILU, RESIDUAL, STORE)
 
@@ -120,6 +135,7 @@ def backward_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
     SPAN: tl.constexpr,
+    VEC: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -134,45 +150,51 @@ def backward_kernel(
     first = (tl.program_id(0) % runs) * run
     g = n // B
     N = tl.num_programs(0) // runs
-    d, in_d, group = channels_of(tile, D, Q, BD, SPAN)
+    d, in_d, _ = channels_of(tile, tl.arange(0, BD), D, Q, BD, SPAN)
+    _, _, shared = channels_of(tile, tl.arange(0, BD // VEC) * VEC, D, Q, BD, SPAN)
     q = (tile // TILES) * (BD // SPAN) + tl.arange(0, BD // SPAN)
-    weight_ptr += g * W * D
-    d_weights = ()
+    static = load_static(weight_ptr + g * W * D, d, in_d, D, W, HAS_WEIGHT)
+    sums = ()
     for _lag in tl.static_range(W):
-        d_weights = d_weights + (tl.zeros((BD if HAS_WEIGHT else 1,), tl.float32),)
+        sums = sums + (tl.zeros((BT, BD if HAS_WEIGHT else 1), tl.float32),)
     r = tl.arange(0, BT)
     for t in range(first, tl.minimum(first + run, T), BT):
         row = n * T + t
         left = T - t
         inside = r < left
         pos, home = locate(pos_ptr, seq_ptr, row + r, t + r, n, g, inside, S, W, PACKED)
-        filters = filters_ptr + row * (W * Q)
-        part = d_filters_ptr + ((tile % TILES) * (N * T) + row) * (W * Q)
-        dy, dc = load_upstream(dy_ptr + row * D, before_ptr + row * D, r, inside, d, in_d, D, SILU)
-        dc = dc.to(tl.float32)
-        dx = tl.zeros((BT, BD), tl.float32)
-        if RESIDUAL:
-            dx += dy.to(tl.float32)
-        sums = ()
-        for j in tl.static_range(W):
-            # what lag j gives to its taps: dc_t x_{t-j}
-            p = dc * load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
-            sums = sums + (d_weights[j] + tl.sum(p, 0) if HAS_WEIGHT else d_weights[j],)
-            total = tl.sum(tl.reshape(p, (BT, BD // SPAN, SPAN)), 2).to(d_filters_ptr.dtype.element_ty)
-            where = part + r[:, None] * (W * Q) + j * Q + q[None, :]
-            tl.store(where, total, mask=inside[:, None] & (q < Q)[None, :])
-            # what token t + j hands back to token t
+        xs = ()
+        ups = ()
+        taps = ()
+        for j in tl.static_range(W):  # all on their way before the first is used
+            x = load_lag(x_ptr + row * D, state_ptr, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
             later = r + j < left
             if PACKED:
                 later = later & (tl.load(pos_ptr + row + j + r, mask=later, other=0) >= j)
             up = (row + j) * D
-            _, dc_later = load_upstream(dy_ptr + up, before_ptr + up, r, later, d, in_d, D, SILU)
-            shifted = filters + j * (W * Q)
-            dx += dc_later * taps_of(shifted, weight_ptr, r, later, j, d, in_d, group, D, W, Q, HAS_WEIGHT)
-        d_weights = sums
+            xs = xs + (x,)
+            ups = ups + (load_upstream(dy_ptr + up, before_ptr + up, r, later, d, in_d, D, SILU),)
+            taps = taps + (load_taps(filters_ptr + (row + j) * (W * Q), r, later, j, shared, W, Q),)
+        dc = slope(ups[0], SILU).to(tl.float32)
+        dx = dc * spread(taps[0], static[0], VEC)
+        if RESIDUAL:
+            dx += ups[0][0].to(tl.float32)
+        part = d_filters_ptr + ((tile % TILES) * (N * T) + row) * (W * Q)
+        added = ()
+        for j in tl.static_range(W):
+            # what lag j gives to its taps: dc_t x_{t-j}
+            p = dc * xs[j].to(tl.float32)
+            added = added + (sums[j] + p if HAS_WEIGHT else sums[j],)
+            total = tl.sum(tl.reshape(p, (BT, BD // SPAN, SPAN)), 2).to(d_filters_ptr.dtype.element_ty)
+            where = part + r[:, None] * (W * Q) + j * Q + q[None, :]
+            tl.store(where, total, mask=inside[:, None] & (q < Q)[None, :])
+            # what token t + j hands back to token t
+            if j > 0:
+                dx += slope(ups[j], SILU).to(tl.float32) * spread(taps[j], static[j], VEC)
+        sums = added
         where = row * D + r[:, None] * D + d[None, :]
         tl.store(dx_ptr + where, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & in_d[None, :])
     if HAS_WEIGHT:
         for j in tl.static_range(W):
             where = (tl.program_id(0).to(tl.int64) * W + j) * D + d  # program 0 is n * runs + run
-            tl.store(d_weight_ptr + where, d_weights[j], mask=in_d)
+            tl.store(d_weight_ptr + where, tl.sum(sums[j], 0), mask=in_d)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.short_conv.triton_tiles import finish, load_lag, load_upstream, locate
+from kernels.short_conv.triton_tiles import finish, load_lag, load_upstream, locate, slope
 from kernels.triton_products import multiply
 
 SLICE = tl.constexpr(32)
@@ -46,6 +46,42 @@ def from_product(x, BT: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
+def beside(parts, W: tl.constexpr, LAGS: tl.constexpr):
+    """Tiles [A, SLICE] of W lags side by side, [A, LAGS * SLICE]; LAGS is the next power of two."""
+    if LAGS == 1:
+        joined = parts[0]
+    elif LAGS == 2:
+        joined = pair(parts[0], parts[1])
+    else:
+        half: tl.constexpr = LAGS // 2
+        low = ()
+        high = ()
+        for j in tl.static_range(half):
+            low = low + (parts[j],)
+            high = high + (parts[half + j] if half + j < W else tl.zeros_like(parts[0]),)
+        joined = pair(beside(low, half, half), beside(high, half, half))
+    return joined
+
+
+@triton.jit
+def apart(x, LAGS: tl.constexpr):
+    """Undo :func:`beside`: a tuple of LAGS tiles."""
+    if LAGS == 1:
+        parts = (x,)
+    else:
+        halves = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+        low, high = tl.split(tl.permute(halves, (0, 2, 1)))
+        parts = apart(low, LAGS // 2) + apart(high, LAGS // 2)
+    return parts
+
+
+@triton.jit
+def pair(a, b):
+    """[A, N] and [A, N] to [A, 2 N]."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
 def token_of(m, WARPS: tl.constexpr):
     """The token of a tile that row m of a product stands for."""
     return m // (16 * WARPS) * (16 * WARPS) + m // 8 % 2 * (8 * WARPS) + m // 16 % WARPS * 8 + m % 8
@@ -58,26 +94,31 @@ def channel_of(n):
 
 
 @triton.jit
-def load_ranks(z_ptr, r, inside, R: tl.constexpr, BR: tl.constexpr, FOLD: tl.constexpr):
-    """Rows of z, padded with zeros to BR ranks; ``FOLD``: with the two ones of the static taps after them."""
+def load_ranks(z_ptr, r, inside, R: tl.constexpr, BR: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+    """Rows of z, padded with zeros to BR ranks; the first two of those are 1 for the static taps."""
     rr = tl.arange(0, BR)
-    rest = tl.where(FOLD & ((rr == R) | (rr == R + 1)), 1.0, 0.0).to(z_ptr.dtype.element_ty)
+    rest = tl.where(HAS_WEIGHT & (rr >= R) & (rr < R + 2), 1.0, 0.0).to(z_ptr.dtype.element_ty)
     where = z_ptr + (r[:, None] * R + rr[None, :])
     return tl.load(where, mask=inside[:, None] & (rr < R)[None, :], other=rest[None, :])
 
 
 @triton.jit
 def load_taps(
-    u_ptr, weight_ptr, g, j: tl.constexpr, d, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
-    BR: tl.constexpr, FOLD: tl.constexpr,
+    u_ptr, weight_ptr, g, first, lag, n, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    BR: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Lag j's part of U at channels d, [BR, SLICE]; ``FOLD``: and the static taps as two more ranks."""
+    """Columns n (of lags ``lag``) of U at the slice from channel ``first`` on, [BR, len(n)].
+
+    With static taps those follow as two more ranks: rounded to U's type, and what that takes from them.
+    """
     rr = tl.arange(0, BR)
-    in_d = d < D
-    where = u_ptr + (g * R + rr)[:, None] * (W * D) + j * D + d[None, :]
-    u = tl.load(where, mask=(rr < R)[:, None] & in_d[None, :], other=0.0)
-    if FOLD:
-        w = tl.load(weight_ptr + (g * W + j) * D + d, mask=in_d, other=0.0).to(tl.float32)
+    d = first + channel_of(n % SLICE)
+    where = lag * D + d
+    real = (lag < W) & (d < D)
+    pointers = u_ptr + ((g * R + rr)[:, None] * (W * D) + where[None, :])
+    u = tl.load(pointers, mask=(rr < R)[:, None] & real[None, :], other=0.0)
+    if HAS_WEIGHT:
+        w = tl.load(weight_ptr + (g * (W * D) + where), mask=real, other=0.0).to(tl.float32)
         high = w.to(u.dtype)
         low = (w - high.to(tl.float32)).to(u.dtype)
         u = tl.where((rr == R)[:, None], high[None, :], tl.where((rr == R + 1)[:, None], low[None, :], u))
@@ -111,7 +152,6 @@ def forward_kernel(
     R: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
-    BF: tl.constexpr,
     SLICES: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -120,11 +160,11 @@ def forward_kernel(
     SILU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STORE: tl.constexpr,
-    FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Make y = [x +] act(sum_j taps_j * x_{t-j}). BR holds the ranks, BF those and the folded ones."""
+    """Make y = [x +] act(sum_j taps_j * x_{t-j}). BR holds the ranks and those of the static taps."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty
+    LAGS: tl.constexpr = 1 if W == 1 else 2 if W == 2 else 4 if W <= 4 else 8
     EVEN: tl.constexpr = D % (SLICES * 32) == 0
     runs = tl.cdiv(T, run)
     n = (tl.program_id(0) // runs).to(tl.int64)
@@ -132,32 +172,33 @@ def forward_kernel(
     g = n // B
     r = tl.arange(0, BT)
     token = token_of(r, WARPS)
-    mixers = ()
+    column = tl.arange(0, LAGS * SLICE)
+    weights = ()
     for s in tl.static_range(SLICES):
-        d = (tl.program_id(1) * SLICES + s) * SLICE + channel_of(tl.arange(0, SLICE))
-        for j in tl.static_range(W):
-            mixers = mixers + (load_taps(u_ptr, weight_ptr, g, j, d, D, W, R, BF, FOLD),)
+        start = (tl.program_id(1) * SLICES + s) * SLICE
+        made = load_taps(u_ptr, weight_ptr, g, start, column // SLICE, column, D, W, R, BR, HAS_WEIGHT)
+        weights = weights + (made,)
     for t in range(first, tl.minimum(first + run, T), BT):
         row = n * T + t
         left = T - t
         pos, home = locate(pos_ptr, seq_ptr, row + r, t + r, n, g, r < left, S, W, PACKED)
-        z = load_ranks(z_ptr + row * R, token, token < left, R, BF, FOLD)
+        z = load_ranks(z_ptr + row * R, token, token < left, R, BR, HAS_WEIGHT)
         for s in tl.static_range(SLICES):
             start = (tl.program_id(1) * SLICES + s) * SLICE
             d, in_d = channels_left(start, D, EVEN)
             here = row * D + start
-            for j in tl.static_range(W):
+            xs = ()
+            for j in tl.static_range(W):  # all on their way before the first is used
                 x = load_lag(x_ptr + here, state_ptr + start, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
-                x = x.to(tl.float32)
-                taps = from_product(multiply(z, mixers[s * W + j], HALF, PRECISION), BT, WARPS)
-                if HAS_WEIGHT and not FOLD:
-                    static = weight_ptr + (g * W + j) * D + start + d
-                    taps += tl.load(static, mask=in_d, other=0.0).to(tl.float32)[None, :]
+                xs = xs + (x,)
+            taps = apart(multiply(z, weights[s], HALF, PRECISION), LAGS)
+            for j in tl.static_range(W):
+                x = xs[j].to(tl.float32)
                 if j == 0:
                     now = x
-                    y = x * taps
+                    y = x * from_product(taps[j], BT, WARPS)
                 else:
-                    y += x * taps
+                    y += x * from_product(taps[j], BT, WARPS)
             where = r[:, None] * D + d[None, :]
             mask = (r < left)[:, None] & in_d[None, :]
             finish(y, now, y_ptr + here, before_ptr + here, where, mask, SILU, RESIDUAL, STORE)
@@ -186,7 +227,7 @@ def backward_kernel(
     R: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
-    BF: tl.constexpr,
+    BZ: tl.constexpr,
     SLICES: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -194,13 +235,13 @@ def backward_kernel(
     PACKED: tl.constexpr,
     SILU: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """All gradients but the state's."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty
     EVEN: tl.constexpr = D % (SLICES * 32) == 0
     ROWS: tl.constexpr = R + 1 if HAS_WEIGHT else R
+    LAGS: tl.constexpr = 1 if W == 1 else 2 if W == 2 else 4 if W <= 4 else 8
     runs = tl.cdiv(T, run)
     tile = tl.program_id(1)
     n = (tl.program_id(0) // runs).to(tl.int64)
@@ -208,81 +249,74 @@ def backward_kernel(
     g = n // B
     N = tl.num_programs(0) // runs
     r = tl.arange(0, BT)
-    rr = tl.arange(0, BR)
-    row16 = tl.arange(0, 16)
+    rr = tl.arange(0, BZ)
     token = token_of(r, WARPS)
+    column = tl.arange(0, LAGS * SLICE)
     weights = ()
     mixers = ()
-    sums_u = ()
-    sums_w = ()
+    sums = ()
     for s in tl.static_range(SLICES):
-        d = (tile * SLICES + s) * SLICE + channel_of(tl.arange(0, SLICE))
+        start = (tile * SLICES + s) * SLICE
         for j in tl.static_range(W):
-            weights = weights + (load_taps(u_ptr, weight_ptr, g, j, d, D, W, R, BF, FOLD),)
-            mixers = mixers + (load_taps(u_ptr, weight_ptr, g, j, d, D, W, R, BR, False),)
-            sums_u = sums_u + (tl.zeros((BR, SLICE), tl.float32),)
-            sums_w = sums_w + (tl.zeros((16, SLICE if HAS_WEIGHT else 1), tl.float32),)
-    # row 0 of a product with it is the sum over tokens; tensor cores want 16 rows
-    ones = tl.where((row16 == 0)[None, :] & (r >= 0)[:, None], 1.0, 0.0).to(HALF)
+            c = tl.arange(0, SLICE)
+            made = load_taps(u_ptr, weight_ptr, g, start, j + 0 * c, c, D, W, R, BR, HAS_WEIGHT)
+            weights = weights + (made,)
+        # for dz, where the static taps have no part
+        made = load_taps(u_ptr, weight_ptr, g, start, column // SLICE, column, D, W, R, BZ, False)
+        mixers = mixers + (made,)
+        sums = sums + (tl.zeros((LAGS * SLICE, BR), tl.float32),)
     for t in range(first, tl.minimum(first + run, T), BT):
         row = n * T + t
         left = T - t
         pos, home = locate(pos_ptr, seq_ptr, row + r, t + r, n, g, r < left, S, W, PACKED)
-        dz = tl.zeros((BT, BR), tl.float32)
-        z = load_ranks(z_ptr + row * R, token, token < left, R, BR, False)
+        dz = tl.zeros((BT, BZ), tl.float32)
         zs = ()
         for j in tl.static_range(W):
-            zs = zs + (load_ranks(z_ptr + (row + j) * R, token, token + j < left, R, BF, FOLD),)
-        new_u = ()
-        new_w = ()
+            zs = zs + (load_ranks(z_ptr + (row + j) * R, token, token + j < left, R, BR, HAS_WEIGHT),)
+        added = ()
         for s in tl.static_range(SLICES):
             start = (tile * SLICES + s) * SLICE
             d, in_d = channels_left(start, D, EVEN)
             here = row * D + start
-            dy, dc = load_upstream(dy_ptr + here, before_ptr + here, r, r < left, d, in_d, D, SILU)
-            for j in tl.static_range(W):
-                # what lag j gives to its taps: dc_t x_{t-j}
+            xs = ()
+            ups = ()
+            for j in tl.static_range(W):  # all on their way before the first is used
                 x = load_lag(x_ptr + here, state_ptr + start, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
+                later = r + j < left
+                if PACKED:
+                    later = later & (tl.load(pos_ptr + row + j + r, mask=later, other=0) >= j)
+                up = here + j * D
+                xs = xs + (x,)
+                ups = ups + (load_upstream(dy_ptr + up, before_ptr + up, r, later, d, in_d, D, SILU),)
+            dc = slope(ups[0], SILU)
+            ps = ()
+            for j in tl.static_range(W):  # what lag j gives to its taps: dc_t x_{t-j}
                 if PRECISION == "half":
-                    p = to_product(dc.to(HALF) * x, BT, WARPS)
+                    p = dc.to(HALF) * xs[j]
                 else:
-                    p = to_product(dc.to(tl.float32) * x.to(tl.float32), BT, WARPS)
-                dz += multiply(p, tl.trans(mixers[s * W + j]), HALF, PRECISION)
-                new_u = new_u + (sums_u[s * W + j] + multiply(tl.trans(z), p, HALF, PRECISION),)
-                if HAS_WEIGHT:
-                    new_w = new_w + (sums_w[s * W + j] + multiply(tl.trans(ones), p, HALF, PRECISION),)
-                else:
-                    new_w = new_w + (sums_w[s * W + j],)
+                    p = dc.to(tl.float32) * xs[j].to(tl.float32)
+                ps = ps + (to_product(p, BT, WARPS),)
+            p = beside(ps, W, LAGS)
+            dz += multiply(p, tl.trans(mixers[s]), HALF, PRECISION)
+            added = added + (sums[s] + multiply(tl.trans(p), zs[0], HALF, PRECISION),)
+            for j in tl.static_range(W):
                 # what token t + j hands back to token t
-                dc_later = dc
-                if j > 0:
-                    later = r + j < left
-                    if PACKED:
-                        later = later & (tl.load(pos_ptr + row + j + r, mask=later, other=0) >= j)
-                    up = here + j * D
-                    _, dc_later = load_upstream(dy_ptr + up, before_ptr + up, r, later, d, in_d, D, SILU)
                 taps = from_product(multiply(zs[j], weights[s * W + j], HALF, PRECISION), BT, WARPS)
-                if HAS_WEIGHT and not FOLD:
-                    static = weight_ptr + (g * W + j) * D + start + d
-                    taps += tl.load(static, mask=in_d, other=0.0).to(tl.float32)[None, :]
                 if j == 0:
                     dx = dc.to(tl.float32) * taps
                     if RESIDUAL:
-                        dx += dy.to(tl.float32)
+                        dx += ups[0][0].to(tl.float32)
                 else:
-                    dx += dc_later.to(tl.float32) * taps
+                    dx += slope(ups[j], SILU).to(tl.float32) * taps
             where = here + (r[:, None] * D + d[None, :])
             tl.store(dx_ptr + where, dx.to(dx_ptr.dtype.element_ty), mask=(r < left)[:, None] & in_d[None, :])
-        sums_u = new_u
-        sums_w = new_w
+        sums = added
         where = (tile.to(tl.int64) * N * T + row) * R + (token[:, None] * R + rr[None, :])
         tl.store(dz_ptr + where, dz, mask=(token < left)[:, None] & (rr < R)[None, :])
     du_ptr += tl.program_id(0).to(tl.int64) * ROWS * W * D  # program 0 is n * runs + run
+    rank = tl.arange(0, BR)
+    lag = column // SLICE
     for s in tl.static_range(SLICES):
-        d = (tile * SLICES + s) * SLICE + channel_of(tl.arange(0, SLICE))
-        for j in tl.static_range(W):
-            where = (rr[:, None] * W + j) * D + d[None, :]
-            tl.store(du_ptr + where, sums_u[s * W + j], mask=(rr < R)[:, None] & (d < D)[None, :])
-            if HAS_WEIGHT:
-                where = ((R + row16)[:, None] * W + j) * D + d[None, :]
-                tl.store(du_ptr + where, sums_w[s * W + j], mask=(row16 == 0)[:, None] & (d < D)[None, :])
+        d = (tile * SLICES + s) * SLICE + channel_of(column % SLICE)
+        where = (rank[None, :] * W + lag[:, None]) * D + d[:, None]
+        tl.store(du_ptr + where, sums[s], mask=(rank < ROWS)[None, :] & ((lag < W) & (d < D))[:, None])

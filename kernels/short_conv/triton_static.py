@@ -153,8 +153,8 @@ class StaticConvGradient(torch.autograd.Function):
             if silu:
                 dc = dc * silu_slope(first_outputs(x, weight, bias, state, head))
             d_state = state_gradient(dc, weight[:, None, None].to(torch.float32)).to(state.dtype)
-        d_bias = None if bias is None else add_parts(d_bias, bias.dtype)
-        return dx, add_parts(d_weight, weight.dtype), d_bias, d_state
+        d_bias_sum = None if bias is None else add_parts(d_bias, bias.dtype)
+        return dx, add_parts(d_weight, weight.dtype), d_bias_sum, d_state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -47,15 +47,26 @@ def load_lag(
 
 @triton.jit
 def load_upstream(dy_ptr, before_ptr, r, mask_r, d, in_d, D: tl.constexpr, SILU: tl.constexpr):
-    """Gradients of y and of the convolution (before the activation) at rows r, zeros outside the mask."""
+    """Gradient of y and what the activation was applied to (without one: again the gradient) at rows r.
+
+    Zeros outside the mask.
+    """
     mask = mask_r[:, None] & in_d[None, :]
     where = r[:, None] * D + d[None, :]
     dy = tl.load(dy_ptr + where, mask=mask, other=0.0)
-    dc = dy
+    before = dy
     if SILU:
-        before = tl.load(before_ptr + where, mask=mask, other=0.0).to(tl.float32)
-        dc = dy.to(tl.float32) * silu_slope(before)
-    return dy, dc
+        before = tl.load(before_ptr + where, mask=mask, other=0.0)
+    return dy, before
+
+
+@triton.jit
+def slope(upstream, SILU: tl.constexpr):
+    """The gradient of the convolution, before the activation, from :func:`load_upstream`."""
+    dc = upstream[0]
+    if SILU:
+        dc = dc.to(tl.float32) * silu_slope(upstream[1].to(tl.float32))
+    return dc
 
 
 @triton.jit

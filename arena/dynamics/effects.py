@@ -44,7 +44,8 @@ class Intervention:
 
     edits: tuple[Edit, ...]
     role: str = "chosen"
-    """``chosen`` (asked for), ``all`` heads, one ``head``, ``identified`` heads, ``control`` heads."""
+    """``chosen`` (asked for), ``all`` heads, one ``head``, ``identified`` heads, the same ``elsewhere``,
+    ``control`` heads."""
 
 
 EIGENVALUE_COLUMNS: dict[str, tuple[Any, str]] = {
@@ -65,8 +66,8 @@ EFFECT_COLUMNS: dict[str, tuple[Any, str]] = {
     "role": (
         pl.String,
         "all heads; one head; the identified heads (least eigenvalue near -1 where the answer moves); "
-        "control: as many other heads, the mean over such sets; contrast: identified less control; "
-        "chosen: by the user",
+        "elsewhere: the same heads, only at tokens that leave the answer; control: as many other heads, the "
+        "mean over such sets; contrast: identified less control; chosen: by the user",
     ),
     "heads": (pl.String, "layer.head of the changed heads, or how many sets of control heads"),
     "n_heads": (pl.Int64, "number of changed heads"),
@@ -204,8 +205,9 @@ def standard_interventions(
     - every gate frozen at its mean, in all heads and in each head alone: what the gate's dependence on the
       token is worth;
     - erase set to zero in all heads;
-    - where some erase exceeds 1, erase clamped to [0, 1]: in all heads, in each, in the heads that flip, and
-      in as many of the others (:data:`MOST_CONTROLS` sets at most; all others, where they are fewer).
+    - where some erase exceeds 1, erase clamped to [0, 1]: in all heads, in each, in the heads that flip, in
+      these only at tokens that leave the answer, and in as many of the others (:data:`MOST_CONTROLS` sets at
+      most; all others, where they are fewer).
 
     Args:
         model: a model.
@@ -240,6 +242,7 @@ def standard_interventions(
         flipping = flipping_heads(head_eigenvalues(model, tokens, classes))
         if flipping:
             add(flipping, "identified", **clamp)
+            add(flipping, "elsewhere", **clamp, tokens="stays")
             others = [
                 (at, head) for at, head in places if (at, head) not in flipping and "erase" in gates[at]
             ]

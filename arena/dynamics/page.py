@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 import polars as pl
 
-from arena.dynamics import findings
+from arena.dynamics import findings, sentences
 from arena.dynamics.effects import NEAR_MINUS_ONE
 from arena.dynamics.figures import draw_figures
 from arena.dynamics.probe import DIMENSIONS, SHUFFLES
@@ -22,7 +22,7 @@ _SECTIONS: list[tuple[str, str, Callable[[Sequence[findings.Task]], Iterator[str
     (
         "Do the heads that flip carry the answer?",
         "identified",
-        findings.identified_sentences,
+        sentences.identified_sentences,
         "A head flips where the least eigenvalue of its transition, mean over the tokens that move the "
         "answer, "
         f"is at most {NEAR_MINUS_ONE}; heads are chosen on {LOOKED_AT} sequences of split valid, effects "
@@ -34,7 +34,7 @@ _SECTIONS: list[tuple[str, str, Callable[[Sequence[findings.Task]], Iterator[str
     (
         "Which gate matters where",
         "effects",
-        findings.effect_sentences,
+        sentences.effect_sentences,
         "Every gate frozen at its mean, for each head and channel, over other sequences: what is lost is "
         "what the "
         "gate's dependence on the token was worth. Number and colour: accuracy lost, mean over runs; "
@@ -44,7 +44,7 @@ _SECTIONS: list[tuple[str, str, Callable[[Sequence[findings.Task]], Iterator[str
     (
         "Eigenvalues",
         "eigenvalues",
-        findings.eigenvalue_sentences,
+        sentences.eigenvalue_sentences,
         "Least real part of an eigenvalue of (I - k e^T) D: -1 reflects the memory along the key, 0 "
         "replaces what "
         "it held, 1 keeps it. One mark a head and run, mean over tokens.",
@@ -52,13 +52,13 @@ _SECTIONS: list[tuple[str, str, Callable[[Sequence[findings.Task]], Iterator[str
     (
         "Gates",
         "gates",
-        findings.gate_sentences,
+        sentences.gate_sentences,
         f"Over all tokens of {SEQUENCES} sequences; a gate that an architecture does not have has no mark.",
     ),
     (
         "Retention",
         "retention",
-        findings.retention_sentences,
+        sentences.retention_sentences,
         "Half-life: from the decay alone, without what writes erase. Weight: of the source's value in "
         "the read, "
         "measured with the gates as they are; absolute value, mean over channels, heads and reads.",
@@ -66,19 +66,27 @@ _SECTIONS: list[tuple[str, str, Callable[[Sequence[findings.Task]], Iterator[str
     (
         "State beyond the training length",
         "state",
-        findings.state_sentences,
+        sentences.state_sentences,
         "Mean over heads, sequences and runs.",
     ),
     (
         "Edit quality",
         "edit",
-        findings.edit_sentences,
+        sentences.edit_sentences,
         "Read linearly under the key, before and after a write of that key. Marks at the edge are beyond it.",
+    ),
+    (
+        "Is the field in the key?",
+        "fields",
+        sentences.field_sentences,
+        "For partial_update alone: how alike the key vectors are under which fields of one key are "
+        "written, at the "
+        "position of the value.",
     ),
     (
         "Decodability",
         "decodability",
-        findings.probe_sentences,
+        sentences.probe_sentences,
         f"Ridge regression from {DIMENSIONS} principal components of the memory at the end of a sequence, "
         "fitted on "
         f"split valid, scored on split test; crosses: the same with shuffled labels, mean of {SHUFFLES}.",
@@ -132,17 +140,17 @@ def write_document(
         for task in tasks
         for columns, rows in [findings.side_by_side(task)]
     ]
-    for heading, name, sentences, caption in _SECTIONS:
+    for heading, name, say, caption in _SECTIONS:
         drawn = [figures[name]] if name in figures else []
-        lines = list(sentences(tasks))
+        lines = list(say(tasks))
         if drawn or lines:
             sections.append(Section(heading=heading, figures=drawn, lines=lines, caption=caption))
         else:
             sections.append(Section(heading=heading, lines=["No run that was measured has it."]))
-    sections.append(Section(heading="What cannot be said", lines=list(findings.cannot_be_said(tasks))))
+    sections.append(Section(heading="What cannot be said", lines=list(sentences.cannot_be_said(tasks))))
     files = [
         "measurements/*.parquet: gates, states, transitions, retention and edits, one row a number",
-        "effects, eigenvalues, decodability, runs (.parquet, .csv): the tables behind the figures",
+        "effects, eigenvalues, decodability, fields, runs (.parquet, .csv): the tables behind the figures",
         "dictionary.md: name, unit, meaning and equation of every quantity and column",
     ]
     sections.append(Section(heading="Data", lines=files))

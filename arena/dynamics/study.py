@@ -22,6 +22,7 @@ from arena.dynamics.effects import (
     head_eigenvalues,
     measure_effects,
 )
+from arena.dynamics.fields import FIELD_COLUMNS, measure_fields
 from arena.dynamics.intervene import parse_edit
 from arena.dynamics.probe import PROBE_COLUMNS, measure_decodability
 from arena.grid.experiment import ExperimentError, near
@@ -67,6 +68,8 @@ class Tables(NamedTuple):
     """Interventions."""
     decodability: pl.DataFrame
     """Linear probes."""
+    fields: pl.DataFrame
+    """Of ``partial_update``: whether the field is in the key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +173,9 @@ def study(
 ) -> Tables:
     """Measure the chosen runs of a folder and write the tables to ``out``.
 
-    Files in ``out``: runs, eigenvalues, effects and decodability as .parquet and .csv, measurements/*.parquet
-    (one file a run and length, for they are long), and dictionary.md, which says what every column and
-    quantity is.
+    Files in ``out``: runs, eigenvalues, effects, decodability and fields as .parquet and .csv;
+    measurements/*.parquet (one file a run and length, for they are long); and dictionary.md, which says what
+    every column and quantity is.
 
     Args:
         directory: a result folder.
@@ -194,7 +197,9 @@ def study(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.parquet"):
         old.unlink()
-    parts: dict[str, list[pl.DataFrame]] = {"eigenvalues": [], "effects": [], "decodability": []}
+    parts: dict[str, list[pl.DataFrame]] = {
+        "eigenvalues": [], "effects": [], "decodability": [], "fields": []
+    }  # fmt: skip
     for index, run in enumerate(runs.iter_rows(named=True)):
         about, length = {name: run[name] for name in RUN_COLUMNS}, run["length"]
         if on_line is not None:
@@ -213,12 +218,18 @@ def study(
         if wanted is None or wanted:
             table = measure_effects(model, task, length, interventions=wanted, n_sequences=count)
             parts["effects"].append(_about(table, about))
+        parts["fields"].append(_about(measure_fields(model, task, length), about))
         lengths = runs.filter(run_id=run["run_id"])["length"].to_list()
         if length == max(lengths):
             table = measure_decodability(model, task, lengths, n_fit=4 * count, n_test=2 * count)
             del about["length"]  # the table has its own
             parts["decodability"].append(_about(table, about))
-    schemas = {"eigenvalues": EIGENVALUE_COLUMNS, "effects": EFFECT_COLUMNS, "decodability": PROBE_COLUMNS}
+    schemas = {
+        "eigenvalues": EIGENVALUE_COLUMNS,
+        "effects": EFFECT_COLUMNS,
+        "decodability": PROBE_COLUMNS,
+        "fields": FIELD_COLUMNS,
+    }
     tables = {"runs": runs}
     for name, frames in parts.items():
         columns = RUN_COLUMNS | schemas[name]
@@ -269,6 +280,7 @@ def dictionary_markdown() -> str:
         "eigenvalues": EIGENVALUE_COLUMNS,
         "effects": EFFECT_COLUMNS,
         "decodability": PROBE_COLUMNS,
+        "fields": FIELD_COLUMNS,
     }
     for title, columns in sections.items():
         lines += [f"## {title}", "", "| column | meaning |", "|---|---|"]

@@ -34,6 +34,8 @@ def test_the_counter_is_found_and_confirmed():
     assert found["accuracy"] == pytest.approx(stuck) and found["effect"] == pytest.approx(stuck - 1)
     assert found["low"] < found["effect"] < found["high"] < -0.4
     assert found["accuracy_low"] < 0.5 < found["accuracy_high"]
+    (elsewhere,) = clamped.filter(role="elsewhere").to_dicts()
+    assert (elsewhere["heads"], elsewhere["tokens"], elsewhere["effect"]) == ("0.2", "stays", 0)
     (control,) = clamped.filter(role="control").to_dicts()
     assert control["heads"] == "3 sets" and control["n_heads"] == 1
     assert control["effect"] == 0 == control["worst"] and control["low"] < 0 < control["high"]

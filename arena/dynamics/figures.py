@@ -89,9 +89,10 @@ def _draw(
                 shown.append(key)
         if not shown:
             return False
-        heights = [0.34 * len(arms[key]) + 1.25 for key in shown]
+        heights = [0.34 * len(arms[key]) + 1.4 for key in shown]
         width = 9.4 if len(columns) > 1 else 7.2
-        figure = Figure(figsize=(width, sum(heights) + 0.35), layout="constrained", dpi=120)
+        figure = Figure(figsize=(width, sum(heights) + 0.35), dpi=120)
+        figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.06)
         axes = figure.subplots(len(shown), len(columns), squeeze=False, height_ratios=heights)
         for row, key in zip(axes, shown, strict=True):
             for index, (axis, (title, panel)) in enumerate(zip(row, columns, strict=True)):

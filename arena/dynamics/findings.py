@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +44,8 @@ def by_task(tables: Tables, labels: dict[Key, str]) -> list[Task]:
             tables.measurements.filter(**at)
             .filter(pl.col("value").is_not_null(), pl.col("value").is_finite())
             .filter(
-                pl.col("statistic").is_in(["value", "q50"]), pl.col("role").is_null() | ~_summary_of_role()
+                pl.col("statistic").is_in(["value", "q50", "std"]),
+                pl.col("role").is_null() | ~_summary_of_role(),
             )
             .filter(pl.col("index").is_null(), pl.col("source").is_null())
             .group_by("arm", "run_id", "seed", "layer", "head", "quantity", "statistic")
@@ -107,45 +109,52 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def side_by_side(task: Task) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the table of a task: an architecture a row, a number over its runs a column.
+    """Heads and rows of the table of a task: an architecture a column, what was measured a row.
 
-    Columns that no architecture has a number for are left out.
+    A cell is a number over the runs of the architecture, as :func:`span` writes it; "-" where it has no such
+    thing, as an absent gate. Rows that no architecture has a number for are left out.
     """
     moving = "moves" in set(task.eigenvalues["tokens"])
-    where = "where the answer moves" if moving else "all tokens"
-    columns: dict[str, list[str]] = {"architecture": task.arms, "runs": [], "accuracy": []}
-    for arm in task.arms:
-        runs = task.runs.filter(arm=arm)
-        columns["runs"].append(str(len(runs)))
-        columns["accuracy"].append(span(runs["accuracy"].drop_nulls().to_list()))
-    for gate in ("decay", "erase", "write"):
-        columns[f"{gate}, median"] = [span(by_run(task, arm, gate, "q50")) for arm in task.arms]
-    lowest = [
-        task.eigenvalues.filter(arm=arm, tokens="moves" if moving else "all")
-        .group_by("run_id")
-        .agg(pl.col("least_eigenvalue").min())["least_eigenvalue"]
-        .to_list()
-        for arm in task.arms
-    ]
-    columns[f"least eigenvalue of any head, {where}"] = [span(values) for values in lowest]
-    for name, quantity in (
-        ("half-life, tokens", "half_life"),
-        ("effective memory length, tokens", "memory_length"),
-        (f"growth of the memory from {task.trained} to {task.length}", "state_growth"),
-        ("old value left after a write", "old_value_left"),
-        ("change of other keys by a write", "interference"),
-    ):
-        columns[name] = [span(by_run(task, arm, quantity)) for arm in task.arms]
+    where = "where the answer moves" if moving else "over all tokens"
+    lowest = (
+        task.eigenvalues.filter(tokens="moves" if moving else "all")
+        .group_by("arm", "run_id", maintain_order=True)
+        .agg(pl.col("least_eigenvalue").min())
+    )
     probes = task.decodability.filter(pl.col("length") == pl.col("fitted_length"))
-    columns["true state decoded"] = [
-        span(probes.filter(arm=arm)["accuracy"].drop_nulls().to_list()) for arm in task.arms
-    ]
-    for gate in GATES:
-        columns[f"effect of freezing {gate}"] = [
-            span(frozen(task, arm, gate)["effect"].to_list()) for arm in task.arms
-        ]
-    kept = {name: cells for name, cells in columns.items() if any(cell != "-" for cell in cells)}
-    return list(kept), [list(row) for row in zip(*kept.values(), strict=True)]
+
+    def runs(name: str) -> Callable[[str], list[float]]:
+        return lambda arm: by_run(task, arm, name)
+
+    measured: dict[str, Callable[[str], list[float]]] = {
+        "accuracy": lambda arm: task.runs.filter(arm=arm)["accuracy"].drop_nulls().to_list(),
+        **{f"median {gate}": functools.partial(_gate, task, gate) for gate in GATES[:3]},
+        f"least eigenvalue of a head, {where}": lambda arm: lowest.filter(arm=arm)[
+            "least_eigenvalue"
+        ].to_list(),
+        "half-life by the decay, tokens": runs("half_life"),
+        "effective memory length, tokens": runs("memory_length"),
+        f"growth of the memory from {task.trained} to {task.length}": runs("state_growth"),
+        "effective rank of the memory": runs("state_effective_rank"),
+        "old value left after a write": runs("old_value_left"),
+        "values of other keys left": runs("other_value_left"),
+        "true state decoded": lambda arm: probes.filter(arm=arm)["accuracy"].drop_nulls().to_list(),
+        **{
+            f"effect of freezing {gate}": functools.partial(_effect_of_freezing, task, gate) for gate in GATES
+        },
+    }
+    rows = [["runs", *(str(len(task.runs.filter(arm=arm))) for arm in task.arms)]]
+    rows += [[name, *(span(values(arm)) for arm in task.arms)] for name, values in measured.items()]
+    return ["measured", *task.arms], [row for row in rows if any(cell != "-" for cell in row[1:])]
+
+
+def _gate(task: Task, gate: str, arm: str) -> list[float]:
+    """Its median by run; none where it never varies: the architecture does not have it."""
+    return by_run(task, arm, gate, "q50") if any(by_run(task, arm, gate, "std")) else []
+
+
+def _effect_of_freezing(task: Task, gate: str, arm: str) -> list[float]:
+    return frozen(task, arm, gate)["effect"].to_list()
 
 
 def frozen(task: Task, arm: str, gate: str) -> pl.DataFrame:

@@ -219,9 +219,9 @@ li { margin: .25rem 0; }
 .notes { color: var(--soft); }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .65rem; text-align: right; vertical-align: top; min-width: 6.2rem; }
+th, td { padding: .35rem .65rem; text-align: right; vertical-align: top; min-width: 5.4rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground);
-  border-right: 1px solid var(--line); font-weight: 600; white-space: nowrap; min-width: 0; }
+  border-right: 1px solid var(--line); min-width: 8.5rem; }
 thead th { border-bottom: 1px solid var(--line); font-weight: 600; color: var(--soft); }
 tbody tr:nth-child(even) td { background: var(--card); }
 figure { margin: .8rem 0; }

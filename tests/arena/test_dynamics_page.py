@@ -91,7 +91,7 @@ def test_the_page_stands_alone_and_has_every_section(measured):
 def test_markdown_says_the_same(measured):
     out, _, _, written = measured
     markdown = (out / "page.md").read_text()
-    assert "## Which gate matters where" in markdown and "| gdn-neg | 2 |" in markdown
+    assert "## Which gate matters where" in markdown and "| runs | 2 | 2 | 2 |" in markdown
     for path in written[2:]:
         assert f"]({path.name})" in markdown
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from arena.cli_ablate import ablate
+from arena.cli_dynamics import dynamics
 from arena.cli_machine import bench, doctor
 
 if TYPE_CHECKING:
@@ -294,6 +295,7 @@ def run_tuning(
 
 
 app.command()(ablate)
+app.command()(dynamics)
 app.command()(doctor)
 app.add_typer(bench, name="bench")
 
@@ -318,46 +320,6 @@ def report(directory: Annotated[Path, typer.Argument(help="A result folder of ar
 
     if is_ablation(directory):
         written += make_ablation(directory, console)
-    print("written: " + ", ".join(str(path) for path in written))
-    return OK
-
-
-@app.command()
-def dynamics(
-    directory: Annotated[Path, typer.Argument(help="A result folder of arena grid.")],
-    out: Annotated[str | None, typer.Option(help="Where to write; default DIR/dynamics.")] = None,
-    arm: Annotated[
-        str | None, typer.Option("--arch", "--arm", help="Arms or architectures, with commas between.")
-    ] = None,
-    task: Annotated[str | None, typer.Option(help="Tasks, with commas between.")] = None,
-    length: Annotated[
-        str | None,
-        typer.Option(help="Sequence lengths; default: the longest of training and the longest reported."),
-    ] = None,
-    intervene: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="standard (default), none, or GATE:ACTION[:ARGUMENT...][@layer=N][@head=N,N][@class=NAME], "
-            "such as erase:clamp:0:1@head=0; may be given again."
-        ),
-    ] = None,
-) -> int:
-    """Look inside trained memories: gates, states, eigenvalues, retention, edits, probes, interventions."""
-    from arena.dynamics.page import make_page
-    from arena.dynamics.study import Choice, study
-
-    lengths = names("--length", length)
-    if not all(word.isdigit() and int(word) > 0 for word in lengths):
-        wrong(f"--length is numbers with commas between, not {length!r}")
-    choice = Choice(
-        arms=names("--arch", arm),
-        tasks=names("--task", task),
-        lengths=[int(word) for word in lengths],
-        interventions=intervene or ["standard"],
-    )
-    folder = Path(out) if out is not None else directory / "dynamics"
-    tables = study(directory, folder, choice, on_line=print)
-    written = make_page(tables, directory, folder)
     print("written: " + ", ".join(str(path) for path in written))
     return OK
 

@@ -35,6 +35,8 @@ def _spread(count: int, width: float = 0.56) -> np.ndarray:
 def _dots(
     axis: Axes, row: float, look: Look, values: Sequence[float], *, filled: bool = True, **kind: Any
 ) -> None:
+    if not len(values):  # an empty line that is not clipped would count as one at the figure's corner
+        return
     colour, marker, _ = look
     axis.plot(
         values,

@@ -1,5 +1,6 @@
 """`arena dynamics` on a small grid that is really trained: tables, figures, page, refusals."""
 
+import warnings
 from html.parser import HTMLParser
 
 import polars as pl
@@ -43,7 +44,9 @@ def measured(results):
     out = results.parent / "out"
     lines = []
     tables = study(results, out, Choice(), n_sequences=16, on_line=lines.append)
-    return out, tables, lines, make_page(tables, results, out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return out, tables, lines, make_page(tables, results, out)
 
 
 class Page(HTMLParser):

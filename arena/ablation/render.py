@@ -143,8 +143,10 @@ def _score_text(cell: Mapping[str, Any], *, is_base: bool) -> str:
     )
     if is_base or cell["difference"] is None:
         return f"{spread} n={cell['seeds']}"
-    change = cell["difference"] if cell["difference_iqm"] is None else cell["difference_iqm"]
-    return f"{spread} n={cell['seeds']} Δ{change:+z.2f}"
+    if cell["difference_low"] is None:
+        return f"{spread} n={cell['seeds']} Δ{cell['difference']:+z.2f}"
+    low, high = cell["difference_low"], cell["difference_high"]
+    return f"{spread} n={cell['seeds']} Δ{cell['difference_iqm']:+z.2f} [{low:+z.2f}, {high:+z.2f}]"
 
 
 def _interval(low: float, high: float) -> str:

@@ -13,9 +13,9 @@ from arena.ablation.effects import ALPHA
 from arena.statistics import MIN_UNITS
 
 LEGEND = (
-    "Score: chance-scaled accuracy, (accuracy - chance) / (1 - chance), at the longest reported length; Δ: its "
-    "difference to the first point in the same seeds, by itself no claim. An effect is taken within each seed "
-    "(same data), over all pairs of points that differ on that axis alone. "
+    "Score: chance-scaled accuracy, (accuracy - chance) / (1 - chance), at the longest reported length; Δ: "
+    "its difference to the first point in the same seeds, by itself no claim. An effect is taken within each "
+    "seed (same data), over all pairs of points that differ on that axis alone. "
     f"From {MIN_UNITS} seeds on: interquartile mean [its 95 % bootstrap interval]; below that: mean "
     "(lowest..highest seed), and no claim. A claim needs an interval without 0 and a sign-flip test of p <= "
     f"{ALPHA} after Holm's correction for all main effects (for an interaction: all interactions) in this "

@@ -23,6 +23,9 @@ from arena.report.pruning import halving_table
 from arena.report.tables import SOLVED, point_scores
 from arena.report.verdicts import rule_text, verdict_line, verdict_table
 
+LEARNED = 0.05
+"""Chance-scaled accuracy on valid below which even the best point has learned nothing."""
+
 _SPENT = (
     "search, extension, exploit: trials, from which the winner was chosen. Pilot runs: of earlier "
     "requests in the same folder. Tokens and seconds: of everything, pilots included; a run's seconds are "
@@ -76,7 +79,7 @@ def evidence(
     verdicts = _verdicts(rows.filter(stage="final"), request, trials, ledger, context)
     found = [
         _spent(spent, trials, context),
-        _chosen(winners, context),
+        _chosen(winners, point_scores(rows, "chance_scaled_accuracy"), context),
         best_of_n_section(points, context),
         response_section(points, winners, context),
         panel_section(rows, metric, lengths, context),
@@ -202,7 +205,7 @@ def _spent(spent: pl.DataFrame, trials: Mapping[Cell, int], context: Context) ->
     )  # fmt: skip
 
 
-def _chosen(winners: pl.DataFrame, context: Context) -> Section | None:
+def _chosen(winners: pl.DataFrame, scaled: pl.DataFrame, context: Context) -> Section | None:
     if winners.is_empty():
         return None
     names = [name for name in ("lr", "weight_decay", "warmup", "beta2", "clip") if name in winners.columns]
@@ -214,8 +217,11 @@ def _chosen(winners: pl.DataFrame, context: Context) -> Section | None:
         score = f"{row['score']:.3f}"
         rows.append([*context.heads(row), *values, own, score, str(row["n_points"])])
     heads = [name.replace("_", " ") for name in names]
+    tops = scaled.filter(pl.col("stage").is_in(TUNED)).group_by(INDEX).agg(pl.col("score").max())
+    idle = [" on ".join(context.heads(row)) for row in context.ordered(tops) if row["score"] < LEARNED]
     return Section(
         heading="Chosen points",
+        lines=[f"NOT LEARNED, no point above chance on valid: {', '.join(idle)}."] if idle else [],
         columns=["architecture", "task", *heads, "own", "score on valid", "of n"],
         rows=rows,
         caption=_CHOSEN,
@@ -230,9 +236,10 @@ def _pruning(
         return None
     context.frames["pruning"] = table
     solvers, lost = table["solvers"].sum(), table["lost"].sum()
+    best = f"the best point of {table['best_lost'].sum()} of {table.height} studies"
     return Section(
         heading="What pruning would have cost",
-        lines=[f"Successive halving would have lost {lost} of {solvers} solvers."],
+        lines=[f"Successive halving would have lost {lost} of {solvers} solvers, and {best}."],
         columns=["architecture", "task", "trials", "kept", "solvers", "solvers lost", "best point lost"],
         rows=[
             [

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import polars as pl
 import seaborn as sns
 from matplotlib.artist import Artist
@@ -21,6 +22,7 @@ from arena.report.palette import Look
 Labels = Mapping[tuple[str, str], str]
 _GREY = "#888888"
 _SHADE = "#f3f3f3"
+_LEAST_SPAN = 0.2  # of a score axis
 _ACROSS = 7  # panels in a line
 _STAGES = {"search": ("o", "search"), "extension": ("^", "extension"), "exploit": ("D", "exploit")}
 
@@ -50,6 +52,10 @@ def best_of_n_figure(table: pl.DataFrame, labels: Labels, styles: Mapping[str, L
                     _best_of_n(axis, curve, styles[arm])
             axis.set_xlim(1 - 0.03 * most, most * 1.02)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
+        axis = next(iter(panels.values()))  # all share its scores: noise is not to look like a difference
+        low, high = axis.get_ylim()
+        if high - low < _LEAST_SPAN:
+            axis.set_ylim((low + high - _LEAST_SPAN) / 2, (low + high + _LEAST_SPAN) / 2)
         figure.supxlabel("trials n", fontsize=10)
         figure.supylabel("expected best score on valid", fontsize=10)
         handles: list[Artist] = [Line2D([], [], label=arm, **pen(styles[arm])) for arm in arms]
@@ -92,8 +98,9 @@ def response_figure(
         path: of the PNG.
     """
     arms = _present(points, styles)
-    rates, scores = points["lr"].to_list(), points["score"].to_list()
-    reach = max(scores) - min(min(scores), 0.0) or 1.0
+    rates = points["lr"].to_list()
+    low, high = _limits(points)
+    reach = high - low
     with matplotlib.rc_context(STYLE):
         figure, panels = _grid(labels, arms)
         for (key, arm), axis in panels.items():
@@ -102,7 +109,7 @@ def response_figure(
             _response(axis, mine, winner, styles[arm])
             axis.set_xscale("log")
             axis.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
-            axis.set_ylim(min(min(scores), 0.0) - 0.06 * reach, max(scores) + 0.09 * reach)
+            axis.set_ylim(low - 0.06 * reach, high + 0.09 * reach)
         figure.supxlabel("learning rate", fontsize=10)
         figure.supylabel("score on valid", fontsize=10)
         there = set(points["stage"])
@@ -111,8 +118,11 @@ def response_figure(
             for stage, (marker, name) in _STAGES.items()
             if stage in there
         ]
+        if points["diverged"].any():
+            handles.append(
+                Line2D([], [], label="diverged", color=_GREY, marker="x", linestyle="none", markersize=6)
+            )
         handles += [
-            Line2D([], [], label="diverged", color=_GREY, marker="x", linestyle="none", markersize=6),
             Line2D(
                 [], [], label="chosen", color="black", marker="o", markerfacecolor="none", linestyle="none",
                 markersize=10,
@@ -158,7 +168,7 @@ def panel_figure(
                 mean = mine.group_by("lr").agg(pl.col("score").mean()).sort("lr")
                 axis.plot(mine["lr"], mine["score"], ".", color=styles[arm].colour, alpha=0.45, markersize=5)
                 axis.plot(mean["lr"], mean["score"], **pen(styles[arm]), zorder=4)
-                height = -0.05 - 0.045 * place
+                height = low - (0.05 + 0.045 * place) * reach
                 for window in windows.filter(task=key[0], task_params=key[1], arm=arm).iter_rows(named=True):
                     span = (window["low_lr"], window["high_lr"])
                     axis.plot(
@@ -167,8 +177,8 @@ def panel_figure(
                     axis.plot(
                         window["best_lr"], height, **{**pen(styles[arm]), "linestyle": "none"}, zorder=5
                     )
-            axis.set_ylim(-0.06 - 0.045 * len(arms), 1.05)
-            axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+            axis.set_ylim(low - (0.06 + 0.045 * len(arms)) * reach, high + 0.05 * reach)
+            axis.set_yticks(np.linspace(low, high, 5).round(2))
         axes[0].set_ylabel("score on valid")
         handles: list[Artist] = [Line2D([], [], label=arm, **pen(styles[arm])) for arm in arms]
         handles += [
@@ -176,6 +186,13 @@ def panel_figure(
             Line2D([], [], label="window within 5 %\nof the best", color=_GREY, linewidth=3.2),
         ]
         _finish(figure, handles, path)
+
+
+def _limits(table: pl.DataFrame) -> tuple[float, float]:
+    """Ends of the score axis: 0 and 1, or more where scores (chance-scaled ones, losses) lie outside."""
+    scores = table["score"].to_list()
+    low, high = min(*scores, 0.0), max(*scores, 0.0)
+    return (low, 1.0) if high > 0 or low == 0 else (low, high)
 
 
 def _present(table: pl.DataFrame, styles: Mapping[str, Look]) -> list[str]:

@@ -101,7 +101,8 @@ def verdict_table(
             _judge(row, [trials.get(cell, 0) for cell in cells] if trials is not None else [])
         found += family
         if kind == "better" and len(tasks) > 1:
-            found += [_compared(units, "overall", x, y, tasks, None) for (x, y), _ in declared]
+            summaries = [_compared(units, "overall", x, y, tasks, None) for (x, y), _ in declared]
+            found += [row for row in summaries if row["seeds"]]
     return pl.DataFrame(
         [{name: row.get(name) for name in VERDICT_SCHEMA} for row in found], schema=VERDICT_SCHEMA
     )
@@ -253,7 +254,8 @@ def rule_text(table: pl.DataFrame) -> str:
     better = table.filter(kind="better")
     text = (
         "Scores: accuracy on test at the longest reported length (over all tasks: chance-scaled accuracy) "
-        "of winners retrained on fresh seeds; equal seeds had equal data. "
+        "of winners retrained on fresh seeds; equal seeds had equal training data, all runs the same test "
+        "data. "
     )
     if better.height:
         m, n = better["family"][0], min(better["seeds"].to_list())

@@ -327,3 +327,17 @@ def test_without_declared_pairs_nothing_is_compared(report, tmp_path, monkeypatc
     monkeypatch.setattr(sys.modules[__name__], "REQUEST", 'name = "x"\n[tuning]\nmetric = "{metric}"\n')
     text, _, written = report(tuned_rows(points=4))
     assert "No comparison was declared, so none is made" in text and "verdicts.csv" not in written
+
+
+def test_what_has_not_been_learned_is_said(report, tmp_path):
+    rows = tuned_rows(points=4, best={"gdn": CHANCE}, spread=0.01)
+    winners = (
+        rows.filter(stage="final").unique(["task", "arm"]).select("task", "task_params", "arm", "trial", "lr")
+    )
+    (tmp_path / "tuning").mkdir()
+    winners.with_columns(score=0.5, loss=1.0, options=pl.lit('{"n":2}'), n_points=4).write_parquet(
+        tmp_path / "tuning" / "winners.parquet"
+    )
+    text, _, _ = report(rows)
+    assert "NOT LEARNED, no point above chance on valid: gdn on rebind, gdn on mqar." in text
+    assert '| {"n":2} | 0.500 | 4 |' in text

@@ -84,7 +84,7 @@ class Store:
             ) from None
         self._lock = lock
         try:
-            with self._writing(), self._turn():
+            with self._writing(), self.turn():
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
                 self._complete()
@@ -108,7 +108,7 @@ class Store:
         """
         self.record_fleet(fleet)
         partial, whole = self.staging / f"{fleet.id}.partial", self.staging / fleet.id
-        with self._writing(), self._turn():
+        with self._writing(), self.turn():
             if self.shared:
                 self._complete()  # what a process that died beside this one has left
             shutil.rmtree(partial, ignore_errors=True)
@@ -138,7 +138,7 @@ class Store:
             if problem is None:
                 found.add(run_id)
             else:
-                with self._turn():
+                with self.turn():
                     if folder.is_dir() and damage(folder) is not None:  # another process may have been faster
                         self._set_aside(folder, problem)
         return found
@@ -147,7 +147,7 @@ class Store:
         """Remember who trains together, so that it stays so."""
         path = self.fleets / f"{fleet.id}.json"
         if not path.exists():
-            with self._writing(), self._turn():
+            with self._writing(), self.turn():
                 write_whole(path, json.dumps([run.id for run in fleet.runs]).encode())
 
     def recorded_fleets(self) -> list[list[str]]:
@@ -164,7 +164,7 @@ class Store:
         """
         for run in runs:
             record = {"config": run.config, **run.notes, "reason": reason, "detail": detail}
-            with self._writing(), self._turn():
+            with self._writing(), self.turn():
                 write_whole(self.failures / f"{run.id}.json", json.dumps(record, indent=1).encode())
 
     def record_request(self, name: str, text: str, runs: Sequence[Run]) -> int:
@@ -188,14 +188,14 @@ class Store:
                 "choose another --out"
             )
         plan = {"experiment": name, "runs": {run.id: run.notes for run in runs}}
-        with self._writing(), self._turn():
+        with self._writing(), self.turn():
             write_whole(self.directory / "experiment.toml", text.encode())
             write_whole(self.directory / "plan.json", json.dumps(plan, indent=0).encode())
         return sum(1 for folder in self.runs.iterdir() if folder.name not in plan["runs"])
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """In a shared folder, wait until no other process writes."""
+    def turn(self) -> Iterator[None]:
+        """In a shared folder, wait until no other process writes. Not to be nested."""
         if not self.shared:
             yield
             return

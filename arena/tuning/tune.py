@@ -18,20 +18,19 @@ import polars as pl
 from arena.grid.driver import GridReport, Pending, gpu_count, train_here
 from arena.grid.engine import Event, Work
 from arena.grid.environment import foreign_kernels
-from arena.grid.experiment import Experiment, ModelOverride, one_line
+from arena.grid.experiment import Experiment
 from arena.grid.fields import ExperimentError
-from arena.grid.plan import Run, Setting, canonical, plan_settings
+from arena.grid.plan import Run, Setting, canonical
 from arena.grid.store import Store, write_whole
 from arena.grid.toml import to_toml
 from arena.grid.tuning_section import TuningSection
 from arena.tuning.crew import Crew, Trials
-from arena.tuning.exploit import batches, check_sampler, suggest
+from arena.tuning.exploit import batches, suggest
+from arena.tuning.match import Solution, plan_solved
+from arena.tuning.prepare import PANEL_RATES, PANEL_SEEDS, check, prepare, write_parquet
 from arena.tuning.select import best, metric_lengths, score_rows, winners_table
-from arena.tuning.space import Edge, Point, Space, make_space, own_override
+from arena.tuning.space import Edge, Point, Space, own_override
 from arena.tuning.study import Desk, Outcome, open_storage
-
-PANEL_RATES = 9
-PANEL_SEEDS = (2000, 2001, 2002)
 
 
 @dataclass(kw_only=True)
@@ -88,15 +87,15 @@ def tune(
     gpus = gpu_count(device)
     section = experiment.tuning or TuningSection()
     experiment = experiment.model_copy(update={"tuning": section})
-    check_sampler(section.exploit)
-    space = make_space(experiment, section)
-    settings = plan_settings(experiment, device=device)
-    for setting in settings:
-        metric_lengths(setting, section)
-    check_own(experiment, space, device)
+    say = on_line or (lambda line: None)
+    space = check(experiment, section, device)
     with Store(directory, shared=True) as store:
         folder = store.directory / "tuning"
         folder.mkdir(exist_ok=True)
+        with store.turn():  # who joins finds it done
+            settings, solved = prepare(
+                experiment, section, folder, device=device, workers=workers, gpus=gpus, say=say
+            )
         report = TuneReport(planned=0)
         tuner = _Tuner(
             experiment=experiment,
@@ -108,7 +107,8 @@ def tune(
             folder=folder,
             storage=storage,
             report=report,
-            say=on_line or (lambda line: None),
+            say=say,
+            solved=solved,
         )
         crew = Crew(
             store,
@@ -136,32 +136,6 @@ def tune(
     return report
 
 
-def check_own(experiment: Experiment, space: Space, device: str) -> None:
-    """Build every architecture with the own parameters of every paired point once.
-
-    Raises:
-        ExperimentError: a value is not legal.
-    """
-    for arm in space.own:
-        for point in space.search_points():
-            _own_settings(experiment, arm, point.own[arm], device)
-
-
-def _own_settings(
-    experiment: Experiment, arm: str, own: Mapping[str, Any], device: str
-) -> dict[str, Setting]:
-    """Task -> setting of an architecture with own parameters; the key is the task with its parameters."""
-    held = experiment.overrides.get(arm, ModelOverride()).model_dump(exclude_none=True)
-    wanted = own_override(own)
-    merged = {**held, **wanted, "options": {**held["options"], **wanted["options"]}}
-    try:
-        override = ModelOverride.model_validate(merged)
-    except ValueError as error:
-        raise ExperimentError(f"[tuning.own.{arm}]: {one_line(error)}") from None
-    narrowed = experiment.model_copy(update={"archs": [arm], "overrides": {arm: override}})
-    return {_task_key(setting): setting for setting in plan_settings(narrowed, device=device)}
-
-
 def _task_key(setting: Setting) -> str:
     return canonical(setting.shared["task"])
 
@@ -180,6 +154,7 @@ class _Tuner:
     storage: str | None
     report: TuneReport
     say: Callable[[str], None]
+    solved: list[Solution]
     runs: dict[str, Run] = field(default_factory=dict)
     """All runs that are known to be wanted so far."""
 
@@ -212,8 +187,9 @@ class _Tuner:
         self._check_budget(first)
         winners = [self._best(desk) for desk in self.desks]
         table = winners_table(self.desks, winners, self._defaults())
-        _write_parquet(self.folder / "winners.parquet", table)
-        self._write_space(points + extension, edges)
+        with self.store.turn():
+            write_parquet(self.folder / "winners.parquet", table)
+            self._write_space(points + extension, edges)
         runs = [
             run
             for desk, winner in zip(self.desks, winners, strict=True)
@@ -252,7 +228,10 @@ class _Tuner:
             return desk.setting
         key = desk.setting.arm, canonical(dict(own))
         if key not in self._own:
-            self._own[key] = _own_settings(self.experiment, desk.setting.arm, own, self.device)
+            found = plan_solved(
+                self.experiment, self.solved, self.device, arm=desk.setting.arm, own=own_override(own)
+            )
+            self._own[key] = {_task_key(setting): setting for setting in found}
         return self._own[key][_task_key(desk.setting)]
 
     def _search_runs(self, desk: Desk, point: Point) -> list[Run]:
@@ -377,11 +356,3 @@ def _untested(setting: Setting) -> dict[str, Any]:
     from arena.training.data import valid_lengths
 
     return {"eval_lengths": [], "valid_lengths": list(valid_lengths(setting.train, setting.task))}
-
-
-def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
-    import io
-
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer)
-    write_whole(path, buffer.getvalue())

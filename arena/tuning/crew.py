@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from arena.grid.driver import GridReport, Pending, share_cores, take
 from arena.grid.engine import Event, Work, run_local
 from arena.grid.plan import Fleet, Run, plan_fleets
-from arena.grid.store import Store
+from arena.grid.store import Store, write_whole
 from arena.tuning.study import Desk
 
 BEAT = 10.0
@@ -76,6 +76,7 @@ class Crew:
         self,
         store: Store,
         folder: Path,
+        name: str,
         *,
         fleet_size: int,
         workers: int | None,
@@ -92,6 +93,7 @@ class Crew:
         Args:
             store: open, shared.
             folder: ``DIR/tuning``.
+            name: of the folder, see :func:`identity`.
             fleet_size: most runs that train together.
             workers: processes; None: one a core, or one a GPU.
             gpus: number of GPUs to use.
@@ -112,7 +114,7 @@ class Crew:
         self.report, self.score, self.shows_life = report, score, shows_life
         self.on_start, self.on_event = on_start, on_event
         self.claims = Claims(folder / "claims")
-        self.folder = _identity(folder / "folder")
+        self.folder = name
         self.owner = {"host": os.uname().nodename, "process": os.getpid(), "folder": self.folder}
         self.finished: set[str] = set()
         self.elsewhere: set[str] = set()
@@ -287,11 +289,12 @@ class Crew:
                     desk.fail(trial, self.report.failed[run_id])
 
 
-def _identity(path: Path) -> str:
-    """A name for this result folder that no other has, also where another machine sees it by another path."""
-    try:
-        with open(path, "x") as file:
-            file.write(uuid.uuid4().hex)
-    except FileExistsError:
-        pass
+def identity(path: Path) -> str:
+    """A name for this result folder that no other has, also where another machine sees it by another path.
+
+    Args:
+        path: of the file that keeps it; made by one process at a time.
+    """
+    if not path.exists():
+        write_whole(path, uuid.uuid4().hex.encode())
     return path.read_text()

@@ -10,6 +10,8 @@ same point at the same moment, the trial with the lower number counts and the ot
 from __future__ import annotations
 
 import math
+import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ from arena.grid.plan import Setting, canonical, digest
 from arena.tuning.space import Axis, Point, Space
 
 JOURNAL = "journal.log"
+_ATTEMPTS = 5
+_RACE = r"(?i)unique|already exists|duplicate|locked"
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
 
 
@@ -57,11 +61,20 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         raise ExperimentError(f"--storage {url!r} is no database URL such as sqlite:///tuning.db")
     import sqlalchemy.exc
 
-    try:
-        patient = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-        return RDBStorage(_with_driver(url), engine_kwargs=patient)
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-        raise ExperimentError(f"--storage: {one_line(getattr(error, 'orig', None) or error)}") from None
+    patient: dict[str, Any] = {"pool_pre_ping": True}
+    if url.startswith("sqlite"):
+        patient = {"connect_args": {"timeout": 60}}
+    for attempt in range(_ATTEMPTS):
+        try:
+            return RDBStorage(_with_driver(url), engine_kwargs=patient)
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+            # of two processes that make the tables at the same moment, one fails
+            race = isinstance(error, sqlalchemy.exc.DBAPIError) and re.search(_RACE, str(error.orig))
+            if not race or attempt + 1 == _ATTEMPTS:
+                text = one_line(getattr(error, "orig", None) or error)
+                raise ExperimentError(f"--storage: {text}") from None
+            time.sleep(1.0)
+    raise AssertionError
 
 
 def _with_driver(url: str) -> str:
@@ -107,8 +120,17 @@ class Outcome:
 class Desk:
     """The study of one setting."""
 
-    def __init__(self, storage: BaseStorage, setting: Setting, space: Space) -> None:
+    def __init__(self, storage: BaseStorage, setting: Setting, space: Space, folder: str) -> None:
+        """Open the study, or make it.
+
+        Args:
+            storage: where it is.
+            setting: the architecture and task.
+            space: the points are from it.
+            folder: name of the result folder: that of the process which makes the study leads it.
+        """
         self.storage = storage
+        self.folder = folder
         self.setting = setting
         self.space = space
         own = {arm: mine for arm, mine in space.own.items() if arm == setting.arm}
@@ -118,14 +140,20 @@ class Desk:
         self.label = f"{setting.arm} on {task}"
         metric, _ = space.section.metric_parts()
         self.direction: Literal["minimize", "maximize"] = "minimize" if metric == "loss" else "maximize"
-        self.study = optuna.create_study(
-            storage=storage,
-            study_name=self.name,
-            direction=self.direction,
-            sampler=optuna.samplers.RandomSampler(seed=0),
-            pruner=optuna.pruners.NopPruner(),
-            load_if_exists=True,
-        )
+        how: dict[str, Any] = {
+            "storage": storage,
+            "study_name": self.name,
+            "sampler": optuna.samplers.RandomSampler(seed=0),  # its points are all enqueued
+            "pruner": optuna.pruners.NopPruner(),
+        }
+        try:
+            self.study = optuna.load_study(**how)
+        except KeyError:
+            try:
+                self.study = optuna.create_study(**how, direction=self.direction)
+                self.study.set_user_attr("leader", folder)
+            except optuna.exceptions.DuplicatedStudyError:  # another process was faster
+                self.study = optuna.load_study(**how)
         known = self.study.user_attrs
         notes = {
             "experiment": setting.experiment,
@@ -152,6 +180,17 @@ class Desk:
             elif trial.state is TrialState.WAITING:  # enqueued twice at the same moment
                 self.fail(trial, "its point has another trial")
         return found
+
+    @property
+    def leads(self) -> bool:
+        """Whether the processes of this folder enqueue the points: those of one folder only, as the others
+        would enqueue the same ones at the same moment.
+        """
+        return self.study.user_attrs.get("leader") == self.folder
+
+    def lead(self) -> None:
+        """Enqueue from now on: the processes that did so are gone."""
+        self.study.set_user_attr("leader", self.folder)
 
     def enqueue(self, points: Sequence[Point]) -> None:
         """Enqueue those of ``points`` that have no trial."""

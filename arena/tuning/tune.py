@@ -8,6 +8,7 @@ and from what the studies say, so a process that starts again, or joins, goes on
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from arena.grid.plan import Run, Setting, canonical
 from arena.grid.store import Store, write_whole
 from arena.grid.toml import to_toml
 from arena.grid.tuning_section import TuningSection
-from arena.tuning.crew import Crew, Trials
+from arena.tuning.crew import GRACE, POLL, Crew, Trials, identity
 from arena.tuning.exploit import batches, suggest
 from arena.tuning.match import Solution, plan_solved
 from arena.tuning.prepare import PANEL_RATES, PANEL_SEEDS, check, prepare, write_parquet
@@ -93,6 +94,7 @@ def tune(
         folder = store.directory / "tuning"
         folder.mkdir(exist_ok=True)
         with store.turn():  # who joins finds it done
+            name = identity(folder / "folder")
             settings, solved = prepare(
                 experiment, section, folder, device=device, workers=workers, gpus=gpus, say=say
             )
@@ -105,6 +107,7 @@ def tune(
             device=device,
             store=store,
             folder=folder,
+            name=name,
             storage=storage,
             report=report,
             say=say,
@@ -113,6 +116,7 @@ def tune(
         crew = Crew(
             store,
             folder,
+            name,
             fleet_size=experiment.fleet_size,
             workers=workers,
             gpus=gpus,
@@ -151,6 +155,8 @@ class _Tuner:
     device: str
     store: Store
     folder: Path
+    name: str
+    """Of the folder: no other has it."""
     storage: str | None
     report: TuneReport
     say: Callable[[str], None]
@@ -161,7 +167,7 @@ class _Tuner:
     def __post_init__(self) -> None:
         self.request = to_toml(self.experiment.model_dump(exclude_none=True))
         opened = open_storage(self.storage, self.folder)
-        self.desks = [Desk(opened, setting, self.space) for setting in self.settings]
+        self.desks = [Desk(opened, setting, self.space, self.name) for setting in self.settings]
         self.metric, _ = self.section.metric_parts()
         self.lengths = {desk.name: metric_lengths(desk.setting, self.section) for desk in self.desks}
         self._own: dict[tuple[str, str], dict[str, Setting]] = {}
@@ -207,8 +213,8 @@ class _Tuner:
         """Enqueue the points of every study and see that all of them are trained and told."""
         runs: list[Run] = []
         trials: dict[str, tuple[Desk, int]] = {}
+        self._enqueue(points)
         for desk in self.desks:
-            desk.enqueue(points[desk.name])
             wanted = {point.number for point in points[desk.name]}
             for point in desk.points(stage):  # as enqueued: by this process, or by a faster one
                 if point.number in wanted:
@@ -216,6 +222,24 @@ class _Tuner:
                     runs += mine
                     trials |= {run.id: (desk, point.number) for run in mine}
         self._train(crew, runs, trials)
+
+    def _enqueue(self, points: Mapping[str, Sequence[Point]]) -> None:
+        """See that every point has a trial: enqueue it, or wait for the process that does."""
+        since = time.monotonic()
+        missing = list(self.desks)
+        while missing:
+            late = time.monotonic() - since > GRACE
+            for desk in missing:
+                if late and not desk.leads:
+                    desk.lead()
+                if desk.leads:
+                    with self.store.turn():
+                        desk.enqueue(points[desk.name])
+            missing = [
+                desk for desk in missing if not {p.number for p in points[desk.name]} <= desk.trials().keys()
+            ]
+            if missing:
+                time.sleep(POLL)
 
     def _train(self, crew: Crew, runs: Sequence[Run], trials: Trials) -> None:
         self.runs |= {run.id: run for run in runs}

@@ -1,0 +1,438 @@
+"""arena tune from end to end, with workers that pretend: budgets, selection, kills, several processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import optuna
+import polars as pl
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tuning_fakes
+from tuning_fakes import drive
+
+from arena.grid import load_results
+from arena.tuning.exploit import batches
+from arena.tuning.select import best
+from arena.tuning.study import Outcome
+
+STUDIES = 6  # three architectures, two tasks
+
+
+def studies(folder=None, url=None):
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = url or JournalStorage(JournalFileBackend(str(folder / "tuning" / "journal.log")))
+    names = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
+    return [optuna.load_study(study_name=name, storage=storage) for name in sorted(names)]
+
+
+def complete(study):
+    return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    said: list[str] = []
+    own = {"swa": {"window": {"choices": [2, 4, 8]}}}
+    report = drive(folder, say=said.append, tuning={"panel": ["gdn"], "own": own, "search_seeds": 2})
+    return folder, report, said
+
+
+def test_every_study_has_the_same_points_and_the_same_number_of_trials(tuned):
+    folder, report, _ = tuned
+    found = studies(folder)
+    assert len(found) == STUDIES and not report.failed
+    shared = [
+        [{name: t.params[name] for name in ("lr", "weight_decay")} for t in study.trials] for study in found
+    ]
+    assert all(points == shared[0] for points in shared) and len(shared[0]) == 4
+    assert all(trial.state.name == "COMPLETE" for study in found for trial in study.trials)
+    assert all(study.user_attrs["space"] == found[0].user_attrs["space"] for study in found)
+    windows = [
+        [t.params["window"] for t in study.trials] for study in found if study.user_attrs["arm"] == "swa"
+    ]
+    assert len(windows) == 2 and windows[0] == windows[1] and len(set(windows[0])) > 1
+
+
+def test_seeds_are_paired_and_those_of_the_winners_are_fresh(tuned):
+    folder, _, _ = tuned
+    rows = load_results(folder)
+    seeds = {stage: set(rows.filter(stage=stage)["seed"]) for stage in rows["stage"].unique()}
+    assert seeds["search"] == {0, 1} and seeds["final"] == {1000, 1001} and len(seeds["panel"]) == 3
+    points = (
+        rows.filter(stage="search")
+        .group_by("arm", "task")
+        .agg(pl.struct("trial", "lr", "seed").unique().sort())
+    )
+    assert points["trial"].n_unique() == 1 and points.height == STUDIES
+    assert len(points["trial"][0]) == 4 * 2
+
+
+def test_every_trial_is_a_row_and_only_winners_are_tested(tuned):
+    folder, report, _ = tuned
+    rows = load_results(folder)
+    runs = dict(rows.unique("run_id")["stage"].value_counts().iter_rows())
+    assert runs == {"search": STUDIES * 4 * 2, "final": STUDIES * 2, "panel": 2 * 9 * 3}
+    assert report.stored == report.planned == sum(runs.values())
+    assert (
+        set(rows.filter(split="test")["stage"]) == {"final"} == set(rows.filter(pl.col("reported"))["stage"])
+    )
+    assert rows["space"].n_unique() == 1 and rows["space"].null_count() == 0
+    lengths = rows.filter(split="valid").group_by("task").agg(pl.col("eval_length").unique().sort())
+    assert dict(lengths.iter_rows()) == {"mqar": [16, 32], "parity": [30, 60]}, (
+        "as the reported runs have them"
+    )
+
+
+def test_the_winner_has_the_best_score_and_is_what_is_trained_again(tuned):
+    folder, _, _ = tuned
+    winners = pl.read_parquet(folder / "tuning" / "winners.parquet")
+    assert winners.height == STUDIES and set(winners["n_points"]) == {4}
+    rows = load_results(folder)
+    for study in studies(folder):
+        chosen = winners.filter(arm=study.user_attrs["arm"], task=study.user_attrs["task"]).row(0, named=True)
+        assert chosen["score"] == study.best_value and chosen["trial"] == study.best_trial.user_attrs["point"]
+        final = rows.filter(stage="final", arm=chosen["arm"], task=chosen["task"])
+        assert set(final["lr"]) == {chosen["lr"]} and set(final["trial"]) == {chosen["trial"]}
+        searched = rows.filter(stage="search", arm=chosen["arm"], task=chosen["task"], trial=chosen["trial"])
+        assert set(searched["model_params"]) == set(final["model_params"]), "with its own parameters"
+        mean = searched.filter(metric="accuracy")["value"].mean()
+        assert mean == pytest.approx(chosen["score"], abs=1e-12)
+
+
+def test_plan_cost_and_seeds_are_said_before_the_start(tuned):
+    _, _, said = tuned
+    text = "\n".join(said)
+    assert "48 runs of the search, 12 of the winners, 54 of panels" in text
+    assert "no claim will be made" in text and "ledger: swa on parity" in text
+
+
+def test_starting_again_changes_nothing(tuned):
+    folder, report, _ = tuned
+    before = (folder / "tuning" / "journal.log").read_bytes()
+    again = drive(
+        folder,
+        work=tuning_fakes.fail_mlstm,
+        tuning={"panel": ["gdn"], "own": {"swa": {"window": {"choices": [2, 4, 8]}}}, "search_seeds": 2},
+    )
+    assert again.stored == report.stored and again.winners.equals(report.winners)
+    assert (folder / "tuning" / "journal.log").read_bytes() == before
+
+
+def test_a_poisoned_test_split_changes_no_choice(tmp_path, monkeypatch):
+    chosen = []
+    for number, poison in enumerate(("0.0", "1.0")):
+        monkeypatch.setenv("FAKE_TEST", poison)
+        report = drive(tmp_path / str(number))
+        chosen.append(report.winners)
+        tests = load_results(tmp_path / str(number)).filter(split="test")
+        assert set(tests["value"]) == {float(poison)}
+    assert chosen[0].equals(chosen[1])
+
+
+def test_the_real_trainer_never_draws_a_test_sample_in_the_search(tmp_path, monkeypatch):
+    import synthetic_tasks
+    from arena.grid.worker import train
+
+    drawn: list[tuple[str, str]] = []
+
+    def spied(fleet, progress):
+        kind = type(synthetic_tasks.get("mqar", n_pairs=2, vocab_size=8))
+        plain = kind.sample
+
+        def sample(self, *args, **options):
+            split = options.get("split", args[-1] if args else None)
+            drawn.append((fleet.runs[0].stage, split))
+            return plain(self, *args, **options)
+
+        monkeypatch.setattr(kind, "sample", sample)
+        try:
+            return train(fleet, progress)
+        finally:
+            monkeypatch.setattr(kind, "sample", plain)
+
+    from arena.grid.plan import Fleet, plan_settings
+    from arena.tuning.tune import _untested
+
+    setting = plan_settings(tuning_fakes.experiment(archs=["gdn"]))[0]
+    point = {"lr": 1e-2, "weight_decay": 0.0}
+    search = setting.run(seed=0, trial=0, point=point, stage="search", train=_untested(setting))
+    final = setting.run(seed=1000, trial=0, point=point, stage="final")
+    for run in (search, final):
+        spied(Fleet(runs=(run,)), lambda step: None)
+    assert {split for stage, split in drawn if stage == "search"} == {"valid"}
+    assert {split for stage, split in drawn if stage == "final"} == {"valid", "test"}
+
+
+def test_a_best_point_at_a_bound_extends_the_range_for_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_BEST", "4")  # the smaller the rate the better
+    said: list[str] = []
+    drive(tmp_path, say=said.append)
+    found = studies(tmp_path)
+    added = [
+        [t.params["lr"] for t in study.trials if t.user_attrs["stage"] == "extension"] for study in found
+    ]
+    assert all(rates == added[0] and len(rates) == 2 and max(rates) <= 1e-3 for rates in added)
+    assert {len(complete(study)) for study in found} == {6}
+    assert any("outer tenth of lr, low end" in line for line in said)
+
+
+@pytest.mark.parametrize("kind", ["tpe", "gp"])
+def test_adaptive_trials_are_as_many_for_all_and_the_same_when_asked_again(tmp_path, kind):
+    if kind == "gp":
+        pytest.importorskip("scipy", reason="the Gaussian process sampler of Optuna needs scipy")
+    points = []
+    for number in range(2):
+        drive(tmp_path / str(number), archs=["gdn", "swa"], tuning={"exploit": kind, "trials": 5})
+        found = studies(tmp_path / str(number))
+        assert {len(complete(study)) for study in found} == {9}
+        points.append([[trial.params for trial in study.trials] for study in found])
+    assert points[0] == points[1]
+    assert batches(5) == [2, 2, 1] and batches(0) == [] and batches(16) == [4] * 4
+
+
+def test_a_diverged_trial_is_a_row_with_the_worst_score(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_DIVERGES", "0.02")
+    drive(tmp_path)
+    rows = load_results(tmp_path).filter(stage="search")
+    lost = rows.filter(status="diverged")
+    assert lost["run_id"].n_unique() > 0 and set(lost.filter(metric="accuracy")["value"]) == {0.0}
+    for study in studies(tmp_path):
+        assert study.best_trial.user_attrs["status"] == "done"
+        gone = [t for t in study.trials if t.user_attrs["status"] == "diverged"]
+        assert gone and all(t.value == 0.0 and t.user_attrs["loss"] is None for t in gone)
+
+
+def test_ties_go_to_the_smaller_loss_then_to_the_smaller_rate():
+    def outcome(point, score, loss, lr):
+        return Outcome(point=point, score=score, loss=loss, values={"lr": lr}, own={}, status="done")
+
+    tied = [outcome(0, 0.9, 0.3, 0.01), outcome(1, 0.9, 0.2, 0.1), outcome(2, 0.9, 0.2, 0.03)]
+    assert best(dict(enumerate(tied)), "maximize", 1.0).point == 2
+    assert best(dict(enumerate([*tied, outcome(3, 0.95, 9.0, 1.0)])), "maximize", 1.0).point == 3
+    assert best(dict(enumerate(tied)), "minimize", 1.0).point == 2
+    worst = [outcome(0, float("nan"), 0.0, 0.1), outcome(1, 0.0, float("inf"), 0.2)]
+    assert best(dict(enumerate(worst)), "maximize", 1.0).point == 1
+
+
+def test_a_failed_run_stops_the_choice_and_is_tried_again(tmp_path):
+    report = drive(tmp_path, work=tuning_fakes.fail_mlstm)
+    assert len(report.failed) == 8 and report.winners is None
+    assert set(load_results(tmp_path).filter(status="failed")["arm"]) == {"mlstm"}
+    assert not load_results(tmp_path).filter(stage="final").height
+    again = drive(tmp_path)
+    assert not again.failed and again.stored == again.planned == STUDIES * (4 + 2)
+    for study in studies(tmp_path):
+        states = [trial.state.name for trial in study.trials]
+        assert states.count("COMPLETE") == 4
+        assert states.count("FAIL") == (4 if study.user_attrs["arm"] == "mlstm" else 0)
+
+
+def start(folder, url="-", seconds="0.4", log=None):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **({"FAKE_LOG": str(log)} if log else {})}
+    script = Path(tuning_fakes.__file__)
+    command = [sys.executable, str(script), str(folder), url, seconds]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def finish(process):
+    out, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    return tuple(int(word) for word in out.split()[-3:])
+
+
+def test_two_processes_share_a_folder_and_one_is_killed(tmp_path):
+    """The other takes its trials over; nothing is trained by two that live."""
+    folder, log = tmp_path / "out", tmp_path / "log"
+    one, two = start(folder, log=log), start(folder, log=log)
+    wait_for(lambda: log.exists() and log.read_text().count("start") >= 4)
+    one.send_signal(signal.SIGKILL)
+    one.wait()
+    assert finish(two) == (36, 36, 0)
+    alone = drive(tmp_path / "alone")
+    winners = pl.read_parquet(folder / "tuning" / "winners.parquet")
+    assert winners.equals(alone.winners)
+    for study in studies(folder):
+        assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+    started = [line.split()[1] for line in log.read_text().splitlines()]
+    assert len(started) - len(set(started)) <= 1, "only what the killed one was at is trained again"
+    one.stdout.close(), one.stderr.close()
+
+
+def test_both_are_killed_and_one_starts_again(tmp_path):
+    folder, log = tmp_path / "out", tmp_path / "log"
+    both = [start(folder, log=log) for _ in range(2)]
+    wait_for(lambda: log.exists() and log.read_text().count("start") >= 3)
+    for process in both:
+        process.kill()
+        process.communicate()
+    report = drive(folder)
+    assert report.stored == report.planned == 36
+    assert {len(complete(study)) for study in studies(folder)} == {4}
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A real server on loopback, in a folder of its own."""
+    import shutil
+    import socket
+
+    places = [Path(path) for path in sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")))]
+    initdb = shutil.which("initdb") or next(
+        (str(p / "initdb") for p in places if (p / "initdb").exists()), None
+    )
+    if initdb is None:
+        pytest.skip("no PostgreSQL server is installed (Debian: apt install postgresql)")
+    pytest.importorskip("psycopg", reason="psycopg, which speaks to PostgreSQL, is not installed")
+    folder = Path(tempfile.mkdtemp(prefix="arena-postgres-"))  # pytest's own are closed to other users
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    as_user: list[str] = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        user = next((name for name in ("postgres", "nobody") if _exists(name)), None)
+        if user is None or shutil.which("setpriv") is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no other user to run it as")
+        shutil.chown(folder, user)
+    data, server = folder / "data", str(Path(initdb).parent / "postgres")
+    made = subprocess.run(
+        [*as_user, initdb, "-D", str(data), "-U", "arena", "--auth=trust", "--no-sync"],
+        capture_output=True, text=True, cwd="/",
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip(f"initdb does not run here: {made.stderr.strip().splitlines()[-1:]}")
+    if not Path(server).exists():
+        server = str(next(p / "postgres" for p in places))
+    process = subprocess.Popen(
+        [*as_user, server, "-D", str(data), "-p", str(port), "-h", "127.0.0.1", "-k", str(folder)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+    )  # fmt: skip
+    import psycopg
+
+    def answers() -> bool:
+        try:
+            psycopg.connect(host="127.0.0.1", port=port, user="arena", dbname="postgres").close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    try:
+        wait_for(answers, 60)
+        yield lambda name: _database(port, name)
+    finally:
+        process.send_signal(signal.SIGINT)  # without waiting for connections
+        process.wait(timeout=30)
+        shutil.rmtree(folder)
+
+
+def _exists(user: str) -> bool:
+    import pwd
+
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        return False
+    return True
+
+
+def _database(port: int, name: str) -> str:
+    import psycopg
+
+    with psycopg.connect(
+        host="127.0.0.1", port=port, user="arena", dbname="postgres", autocommit=True
+    ) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"postgresql://arena@127.0.0.1:{port}/{name}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'tuning.db'}"
+    return request.getfixturevalue("postgres")(f"t{time.monotonic_ns()}")
+
+
+def test_a_database_holds_the_studies_and_two_folders_share_the_work(tmp_path, database):
+    log = tmp_path / "log"
+    one, two = (start(tmp_path / name, database, log=log) for name in ("one", "two"))
+    counts = [finish(one), finish(two)]
+    assert all(stored + elsewhere == planned == 36 for stored, planned, elsewhere in counts), counts
+    tables = [pl.read_parquet(tmp_path / name / "tuning" / "winners.parquet") for name in ("one", "two")]
+    assert tables[0].equals(tables[1]) and tables[0].equals(drive(tmp_path / "alone").winners)
+    from arena.tuning.study import _with_driver
+
+    found = studies(url=_with_driver(database))
+    assert [len(study.trials) for study in found] == [4] * STUDIES
+    assert all(trial.state.name == "COMPLETE" for study in found for trial in study.trials)
+    assert not (tmp_path / "one" / "tuning" / "journal.log").exists()
+
+
+def test_a_process_that_shows_no_life_is_replaced(tmp_path, monkeypatch):
+    """In another folder no lock tells that it died: the one that is left waits for a while."""
+    import arena.tuning.crew as crew
+
+    url = f"sqlite:///{tmp_path / 'tuning.db'}"
+    log = tmp_path / "log"
+    dead = start(tmp_path / "one", url, seconds="30", log=log)
+    wait_for(lambda: log.exists() and "start" in log.read_text())
+    dead.kill()
+    dead.communicate()
+    monkeypatch.setattr(crew, "GRACE", 1.0)
+    report = drive(tmp_path / "two", storage=url)
+    assert report.stored == report.planned == 36
+    taken = [t for study in studies(url=url) for t in study.trials if t.user_attrs.get("attempts") == 2]
+    assert taken and all(trial.state.name == "COMPLETE" for trial in taken)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("tuning.db", "no database URL"),
+        ("nosql:///x", "nosql"),
+        ("sqlite:////nowhere/at/all/x.db", "unable to open database file"),
+        ("postgresql://arena@127.0.0.1:1/x", "--storage: "),
+    ],
+)
+def test_a_storage_that_is_none_is_refused_in_one_line(tmp_path, url, message):
+    from arena.grid import ExperimentError
+    from arena.tuning.study import open_storage
+
+    with pytest.raises(ExperimentError, match=message) as error:
+        open_storage(url, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_torn_last_line_of_the_journal_is_dropped(tmp_path):
+    drive(tmp_path, archs=["gdn", "swa"])
+    path = tmp_path / "tuning" / "journal.log"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code": 4, "work')
+    assert drive(tmp_path, archs=["gdn", "swa"]).stored == 2 * 2 * 6
+    assert path.read_bytes() == whole
+
+
+def test_a_grid_and_a_tuning_do_not_write_into_one_folder_at_once(tmp_path):
+    from arena.grid.store import Store, StoreError
+
+    refused = pytest.raises(StoreError, match="in use by another arena process")
+    with Store(tmp_path, shared=True), Store(tmp_path, shared=True), refused, Store(tmp_path):
+        pass
+    with Store(tmp_path), refused, Store(tmp_path, shared=True):
+        pass

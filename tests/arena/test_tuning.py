@@ -311,12 +311,14 @@ def postgres():
         if user is None or shutil.which("setpriv") is None:
             pytest.skip("PostgreSQL does not run as root, and there is no other user to run it as")
         shutil.chown(folder, user)
+        as_user = ["setpriv", "--reuid", user, "--clear-groups", "--"]
     data, server = folder / "data", str(Path(initdb).parent / "postgres")
     made = subprocess.run(
         [*as_user, initdb, "-D", str(data), "-U", "arena", "--auth=trust", "--no-sync"],
         capture_output=True, text=True, cwd="/",
     )  # fmt: skip
     if made.returncode:
+        shutil.rmtree(folder)
         pytest.skip(f"initdb does not run here: {made.stderr.strip().splitlines()[-1:]}")
     if not Path(server).exists():
         server = str(next(p / "postgres" for p in places))

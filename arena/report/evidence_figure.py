@@ -157,6 +157,8 @@ def panel_figure(
     labels = {
         key: label for key, label in labels.items() if panel.filter(task=key[0], task_params=key[1]).height
     }
+    low, high = _limits(panel)
+    reach = high - low
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(len(labels), sharey=True)
         for axis, key in zip(axes, labels, strict=False):

@@ -31,7 +31,7 @@ def outputs_and_gradients(
     for name, x in inputs.items():
         if x is not None and x.is_floating_point():
             leaves[name] = x.detach().to(dtype or x.dtype).requires_grad_()
-    outputs = list(_flat(operator(**leaves)))
+    outputs = list(flat(operator(**leaves)))
     generator = torch.Generator().manual_seed(seed)
     weighted = [
         (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum() for x in outputs
@@ -47,12 +47,13 @@ def outputs_and_gradients(
     return result | {f"gradient of {name}": x for name, x in zip(wanted, grads, strict=True)}
 
 
-def _flat(outputs: Any) -> Iterator[Tensor]:
+def flat(outputs: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples and lists, in order."""
     if isinstance(outputs, Tensor):
         yield outputs
     else:
         for part in outputs:
-            yield from _flat(part)
+            yield from flat(part)
 
 
 def errors(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:

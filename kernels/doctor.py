@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import dynamic_short_conv, gated_memory, mlstm, short_conv, slstm
 from kernels.backends import asked_for
-from kernels.check import errors, gated_memory_inputs, outputs_and_gradients
+from kernels.check import errors, flat, gated_memory_inputs, outputs_and_gradients
 from kernels.lstm import lstm
 
 BACKENDS = {
@@ -36,6 +36,8 @@ LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 (or to 1)."""
 PACKAGE_LIMIT = 1e-2
 """That of other people's packages in float32: their products round to TF32 (10 bits)."""
+NO_GRADIENT = "no gradient"
+"""What a path says that runs forward only."""
 LOOP_FACTOR = 20
 """Where the token loop in the same dtype is itself that much off, the limit is this many times its error."""
 
@@ -191,6 +193,10 @@ def findings(case: Case, devices: Iterable[str]) -> Iterator[Finding]:
             for backend in BACKENDS[case.operator]:
                 there = {name: _to(x, device) for name, x in rounded.items()}
                 found = _attempt(partial(case.run, backend=backend), there, dtype)
+                forward_only = ""
+                if found == NO_GRADIENT:
+                    forward_only = "; forward only"
+                    found = _attempt(partial(case.run, backend=backend), there, dtype, gradients=False)
                 if isinstance(found, str):
                     verdict, _, detail = found.partition(": ")
                 else:
@@ -200,6 +206,7 @@ def findings(case: Case, devices: Iterable[str]) -> Iterator[Finding]:
                     if backend in PACKAGES:
                         limit = max(limit, PACKAGE_LIMIT)
                     verdict, detail = judge(found, truth, of_loop, limit)
+                    detail += forward_only
                 yield Finding(
                     case=case.name,
                     backend=backend,
@@ -214,20 +221,26 @@ def judge(
     found: dict[str, Tensor], truth: dict[str, Tensor], of_loop: dict[str, float], limit: float
 ) -> tuple[str, str]:
     """``ok`` or ``WRONG``, and the largest error with its place."""
-    of_fast = errors({name: x.cpu() for name, x in found.items()}, truth)
+    of_fast = errors({name: x.cpu() for name, x in found.items()}, {name: truth[name] for name in found})
     fine = all(error <= max(limit, LOOP_FACTOR * of_loop[name]) for name, error in of_fast.items())
     worst = max(of_fast, key=lambda name: of_fast[name])
     return "ok" if fine else "WRONG", f"{of_fast[worst]:.1e} ({worst})"
 
 
-def _attempt(run: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor] | str:
-    """Outputs and gradients; or ``refused: ...`` or ``cannot run: ...``."""
+def _attempt(
+    run: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype, *, gradients: bool = True
+) -> dict[str, Tensor] | str:
+    """Outputs and gradients; or ``refused: ...``, ``cannot run: ...`` or :data:`NO_GRADIENT`."""
     if inputs and any(isinstance(x, Tensor) and x.is_cuda for x in inputs.values()):
         _poison()
     try:
-        return outputs_and_gradients(run, inputs, dtype=dtype)
-    except NotImplementedError as error:
-        return f"refused: {' '.join(str(error).split())}"
+        if gradients:
+            return outputs_and_gradients(run, inputs, dtype=dtype)
+        with torch.no_grad():
+            found = flat(run(**{name: _cast(x, dtype) for name, x in inputs.items()}))
+            return {f"output {i}": x for i, x in enumerate(found)}
+    except NotImplementedError:  # a backward that says that it is not there
+        return NO_GRADIENT
     except ValueError as error:
         text = " ".join(str(error).split())
         return f"{'refused' if 'backend' in text else 'cannot run'}: {text[:200]}"
@@ -243,7 +256,11 @@ def _poison() -> None:
 
 
 def _rounded(x: Any, dtype: torch.dtype) -> Any:
-    return x.to(dtype).double() if isinstance(x, Tensor) and x.is_floating_point() else x
+    return _cast(_cast(x, dtype), torch.float64)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _to(x: Any, device: str) -> Any:

@@ -148,6 +148,24 @@ def test_what_raises_cannot_run_and_what_is_not_covered_is_refused():
     assert (found.verdict, found.detail) == ("cannot run", "RuntimeError: the compiler fell over")
 
 
+def test_a_path_without_a_backward_is_held_to_the_outputs():
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError("forward only")
+
+    def run(x, *, backend):
+        return Forward.apply(x) * factor if backend == "fused" else x.clone()
+
+    for factor, verdict in ((1.0, "ok"), (1.01, "WRONG")):
+        (found,) = findings(case(run), ["cpu"])
+        assert found.verdict == verdict and found.detail.endswith("(output 0); forward only")
+
+
 def test_unwritten_and_infinite_outputs_are_wrong():
     def run(x, *, backend):
         return x * (float("nan") if backend == "fused" else 1.0)

@@ -158,11 +158,11 @@ def test_a_path_without_a_backward_is_held_to_the_outputs():
         def backward(ctx, grad):
             raise NotImplementedError("forward only")
 
-    def run(x, *, backend):
+    def run(x, *, backend, factor):
         return Forward.apply(x) * factor if backend == "fused" else x.clone()
 
     for factor, verdict in ((1.0, "ok"), (1.01, "WRONG")):
-        (found,) = findings(case(run), ["cpu"])
+        (found,) = findings(case(functools.partial(run, factor=factor)), ["cpu"])
         assert found.verdict == verdict and found.detail.endswith("(output 0); forward only")
 
 

@@ -21,10 +21,7 @@ from arena.report.evidence_tables import INDEX, TUNED, spent_table, tuning_trial
 from arena.report.palette import Look
 from arena.report.pruning import halving_table
 from arena.report.tables import SOLVED, point_scores
-from arena.report.verdicts import rule_text, verdict_line, verdict_table
-
-LEARNED = 0.05
-"""Chance-scaled accuracy on valid below which even the best point has learned nothing."""
+from arena.report.verdicts import LEARNED, rule_text, verdict_line, verdict_table
 
 _SPENT = (
     "search, extension, exploit: trials, from which the winner was chosen. Pilot runs: of earlier "

@@ -19,6 +19,7 @@ from arena.report.evidence_tables import (
     window_table,
 )
 from arena.report.palette import Look
+from arena.report.verdicts import LEARNED
 
 FEW_TRIALS = 32
 """Importances of fewer trials are noise: see the caption."""
@@ -147,16 +148,19 @@ def panel_section(rows: pl.DataFrame, metric: str, lengths: list[int], context: 
     context.frames.update({"panel": panel, "window": windows})
     path = context.figure("panel")
     panel_figure(panel, windows, context.labels, context.styles, path)
+    scaled = window_table(panel_table(rows, "chance_scaled_accuracy"))
+    idle = set(scaled.filter(pl.col("best") < LEARNED).select(INDEX).iter_rows())
     table = []
     for row in context.ordered(windows):
+        nothing = tuple(row[name] for name in INDEX) in idle
         wider = ">= " if row["open_low"] or row["open_high"] else ""
         table.append(
             [
                 *context.heads(row),
                 f"{row['best']:.3f}",
                 f"{row['best_lr']:.2g}",
-                f"{row['low_lr']:.2g} to {row['high_lr']:.2g}",
-                f"{wider}{row['decades']:.2f}",
+                "not learned" if nothing else f"{row['low_lr']:.2g} to {row['high_lr']:.2g}",
+                "-" if nothing else f"{wider}{row['decades']:.2f}",
                 f"{row['window_mean']:.3f}",
                 f"{row['panel_mean']:.3f}",
                 f"{row['rates']} x {row['seeds']}",

@@ -207,7 +207,9 @@ def overview_figure(
             axis.set_xlabel("sequence length")
             axis.tick_params(length=0, rotation=0)
         figure.supxlabel(
-            "number: mean accuracy; below it: runs that solved the length; colour: from chance to perfect",
+            "number: mean accuracy; below it: runs that solved the length;"
+            + ("\n" if width < 9 else " ")
+            + "colour: from chance to perfect",
             x=0.01,
             ha="left",
             fontsize=8,

@@ -12,7 +12,7 @@ data in equal order. A claim that X is better than Y needs all of
 and equal tuning budgets. Of two arms with the same law of scores, a family of one comparison claims a
 difference in 3 % of simulations with 10 seeds and in under 1 % with 20, be the scores normal or
 solved/unsolved. An equality claim needs an equivalence test with the declared margin; no significant
-difference is not equality.
+difference is not equality, and two arms that have both learned nothing are not equal but untested.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from arena.statistics import (
 )
 
 ALPHA = 0.05
+LEARNED = 0.05
+"""Chance-scaled accuracy below which nothing has been learned."""
 IMPROVEMENT = 0.75
 """Least probability of improvement of a claim (Bouthillier et al. 2021, arXiv 2103.03098)."""
 
@@ -47,7 +49,9 @@ Cell = tuple[str, str, str]
 VERDICT_SCHEMA: dict[str, Any] = {
     **dict.fromkeys(("kind", "x", "y", "task", "task_params"), pl.String),
     **dict.fromkeys(("eval_length", "seeds", "needed", "family"), pl.Int64),
-    **dict.fromkeys(("iqm_x", "iqm_y", "difference", "low", "high", "mean_difference"), pl.Float64),
+    **dict.fromkeys(
+        ("iqm_x", "iqm_y", "scaled_x", "scaled_y", "difference", "low", "high", "mean_difference"), pl.Float64
+    ),
     **dict.fromkeys(("solved_x", "solved_y"), pl.Int64),
     **dict.fromkeys(("improvement", "p", "p_holm", "margin"), pl.Float64),
     **dict.fromkeys(("claim", "reason", "unmatched"), pl.String),
@@ -57,7 +61,8 @@ tasks: no test and no claim) or ``equal`` (an equality claim). ``seeds``: paired
 where kind is ``overall``; ``needed``: the fewest that allow a claim in this family, of ``family``
 comparisons. ``low``, ``high``: 95 % interval of ``difference``, that of the interquartile means. ``p``: of
 the sign-flip test, or of the equivalence test with ``margin``. ``claim``: the name of the better arm,
-``equal``, or null; then ``reason`` says why not. ``unmatched``: arms that the ledger calls unmatched."""
+``equal``, or null; then ``reason`` says why not. ``scaled_x``, ``scaled_y``: interquartile means of the
+chance-scaled accuracy. ``unmatched``: arms that the ledger calls unmatched."""
 
 
 def verdict_table(
@@ -153,6 +158,10 @@ def _compared(
         "seeds": pooled.height,
         "iqm_x": float(interquartile_mean(pooled[metric].to_numpy())),
         "iqm_y": float(interquartile_mean(pooled[f"{metric}_y"].to_numpy())),
+        **{
+            f"scaled_{side}": float(interquartile_mean(pooled[f"chance_scaled_accuracy{end}"].to_numpy()))
+            for side, end in (("x", ""), ("y", "_y"))
+        },
         "difference": paired_difference(xs, ys),
         "low": interval[0] if interval else None,
         "high": interval[1] if interval else None,
@@ -178,6 +187,8 @@ def _judge(row: dict[str, Any], trials: Sequence[int]) -> None:
     missing = []
     if len(set(trials)) > 1:
         missing.append(f"unequal tuning: {trials[0]} and {trials[1]} trials")
+    if max(row["scaled_x"], row["scaled_y"]) < LEARNED:
+        missing.append("neither is above chance")
     if equal:
         if row["p_holm"] > ALPHA:
             missing.append(f"Holm p {p_text(row['p_holm'])} > {ALPHA}")
@@ -190,6 +201,8 @@ def _judge(row: dict[str, Any], trials: Sequence[int]) -> None:
 
 def _lacking(row: Mapping[str, Any]) -> list[str]:
     """What a claim that one is better lacks."""
+    if row["difference"] == row["mean_difference"] == 0:
+        return ["no difference"]
     missing = []
     up = row["difference"] > 0
     if row["low"] is None and not row["one_sided"]:
@@ -197,7 +210,7 @@ def _lacking(row: Mapping[str, Any]) -> list[str]:
     elif row["low"] is not None and row["low"] <= 0 <= row["high"]:
         missing.append("the interval holds 0")
     if row["difference"] * row["mean_difference"] <= 0:
-        missing.append("means and interquartile means disagree" if row["difference"] else "no difference")
+        missing.append("means and interquartile means disagree")
     better, worse = (row["x"], row["y"]) if up else (row["y"], row["x"])
     chance = row["improvement"] if up else 1 - row["improvement"]
     if chance < IMPROVEMENT:
@@ -229,6 +242,8 @@ def verdict_line(row: Mapping[str, Any], label: str) -> str:
             else f"on {x} and {y}"
         )
         head = f"{place}: NO CLAIM {about}: {row['reason']}"
+    if seeds and row["kind"] != "overall" and row["solved_x"] == row["solved_y"] == seeds:
+        head += " (both solve it in every run: too easy to tell them apart)"
     if row["unmatched"]:
         head += f" (NOT MATCHED: {row['unmatched']})"
     if not seeds:

@@ -330,7 +330,7 @@ def test_without_declared_pairs_nothing_is_compared(report, tmp_path, monkeypatc
 
 
 def test_what_has_not_been_learned_is_said(report, tmp_path):
-    rows = tuned_rows(points=4, best={"gdn": CHANCE}, spread=0.01)
+    rows = tuned_rows(points=4, best={"gdn": CHANCE}, spread=0.01, panel=("gdn", "gdn2"))
     winners = (
         rows.filter(stage="final").unique(["task", "arm"]).select("task", "task_params", "arm", "trial", "lr")
     )
@@ -340,4 +340,5 @@ def test_what_has_not_been_learned_is_said(report, tmp_path):
     )
     text, _, _ = report(rows)
     assert "NOT LEARNED, no point above chance on valid: gdn on rebind, gdn on mqar." in text
+    assert text.count("| not learned | - |") == 2, "a flat line at chance is no wide window"
     assert '| {"n":2} | 0.500 | 4 |' in text

@@ -127,7 +127,28 @@ def test_scores_without_spread():
     assert "difference +0.500 (no interval)" in verdict_line(row, "mqar")
     same = only(verdict_table(finals(lambda *_: 1.0), [MQAR], [["gdn2", "gdn"]]))
     assert same["claim"] is None and same["p"] == 1.0 and same["improvement"] == 0.5
-    assert same["reason"].startswith("no interval, for want of spread; no difference")
+    assert same["reason"] == "no difference"
+    assert "(both solve it in every run: too easy to tell them apart)" in verdict_line(same, "mqar")
+    nearly = only(
+        verdict_table(
+            finals(lambda arm, task, seed: 0.9 + 0.01 * (arm == "gdn2" and seed == 1000)),
+            [MQAR],
+            [["gdn2", "gdn"]],
+        )
+    )
+    assert nearly["claim"] is None and nearly["reason"].startswith(
+        "the interval holds 0; means and interquartile"
+    )
+
+
+def test_two_that_learned_nothing_are_neither_better_nor_equal():
+    rows = finals(lambda arm, task, seed: CHANCE + 0.001 * (arm == "gdn2"))
+    table = verdict_table(rows, [MQAR], [["gdn2", "gdn"]], [{"pair": ["gdn", "gdn2"], "margin": 0.05}])
+    better, equal = only(table), only(table, "equal")
+    assert (
+        better["p_holm"] < 0.05 and better["claim"] is None and better["reason"] == "neither is above chance"
+    )
+    assert equal["p_holm"] < 0.05 and equal["claim"] is None and equal["reason"] == "neither is above chance"
 
 
 def test_the_family_is_what_was_declared():

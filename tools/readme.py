@@ -7,10 +7,12 @@ python tools/readme.py bench             # runs the CPU benchmark (minutes; leav
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -58,10 +60,22 @@ def demo(directory: Path) -> str:
     return "\n".join([text, "", *lines, "", figure])
 
 
+PEERS = ("mlstm_kernels==2.0.6", "fla-core==0.6.0", "einops")
+"""What the CPU benchmark compares with: installed for the time of the run, in a folder of its own."""
+
+
 def bench() -> str:
     """The CPU benchmark's own Markdown."""
     command = [sys.executable, "-m", "kernels.bench", "--threads", "1"]
-    table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, *PEERS]
+        if subprocess.run(pip, check=False).returncode:
+            print("the alternatives could not be installed: the table names what stands in for them")
+        path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        around = {**os.environ, "PYTHONPATH": path}
+        table = subprocess.run(
+            command, cwd=ROOT, check=True, capture_output=True, text=True, env=around
+        ).stdout
     how = "Medians of runs that take turns with the alternative, from `python -m kernels.bench --threads 1`:"
     return f"{how}\n\n{table}"
 

@@ -126,9 +126,9 @@ class DynamicConv(torch.autograd.Function):
         y = torch.empty_like(x)
         before = torch.empty_like(x) if keep else x.new_empty(*x.shape[:3], 0)
         if y.numel() > 0:
-            kernels, grid, pointers, numbers, names = call_of(False, *inputs)
+            kernels, programs, pointers, numbers, names = call_of(False, *inputs)
             with device_of(x):
-                kernels.forward_kernel[grid](
+                kernels.forward_kernel[(programs[0] * programs[1],)](
                     *pointers, y, before, *numbers, SILU=silu, RESIDUAL=residual, STORE=keep, **names
                 )
         return y, before
@@ -175,17 +175,17 @@ class DynamicConvGradient(torch.autograd.Function):
         """Launch the backward kernel, add up its partial sums."""
         dy, before, *inputs = contiguous(dy, before, x, z, u, filters, bias, state, pos, seq)
         x, z, u, filters, bias, state = inputs[:6]
-        kernels, grid, pointers, numbers, names = call_of(True, *inputs)
+        kernels, programs, pointers, numbers, names = call_of(True, *inputs)
         G, B, T, D = x.shape
         dx = torch.empty_like(x)
 
         def room(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(*size, dtype=dtype, device=x.device)
 
-        runs, W = grid[0] // max(1, G * B), names["W"]
+        runs, W = programs[0] // max(1, G * B), names["W"]
         if u is not None:
             ranks = u.shape[1] + (bias is not None)
-            parts = room(grid[1], G, B, T, u.shape[1]), room(G, B * runs, ranks, W, D)
+            parts = room(programs[1], G, B, T, u.shape[1]), room(G, B * runs, ranks, W, D)
         else:
             assert filters is not None
             tiles = triton.cdiv(D // names["Q"], names["SPAN"])  # of one group
@@ -193,7 +193,7 @@ class DynamicConvGradient(torch.autograd.Function):
             parts = room(tiles, *filters.shape, dtype=exact), room(G, B * runs, W, 0 if bias is None else D)
         if x.numel() > 0:
             with device_of(x):
-                kernels.backward_kernel[grid](
+                kernels.backward_kernel[(programs[0] * programs[1],)](
                     *pointers, before, dy, dx, *parts, *numbers, SILU=silu, RESIDUAL=residual, **names
                 )
         d_state = None
@@ -239,7 +239,11 @@ def call_of(
     pos: Tensor | None,
     seq: Tensor | None,
 ) -> tuple[Any, tuple[int, int], list[Tensor], tuple[int, ...], dict[str, Any]]:
-    """Kernels, grid, first pointers, sizes and compile-time arguments of a launch over contiguous inputs."""
+    """What a launch over contiguous inputs takes.
+
+    Returns:
+        Kernels, programs over tokens and over channels, first pointers, sizes, compile-time arguments.
+    """
     G, B, T, D = x.shape
     launch = launch_of(x, 0 if u is None else u.shape[2] * padded(u.shape[1] + 2), backward)
     names: dict[str, Any] = {
@@ -277,8 +281,8 @@ def call_of(
     if launch.registers is not None and x.is_cuda:
         names["maxnreg"] = launch.registers
     states = B if state is None else state.shape[1]
-    grid = G * B * triton.cdiv(T, launch.run), tiles
-    return kernels, grid, pointers, (T, launch.run, B, states), names
+    programs = G * B * triton.cdiv(T, launch.run), tiles
+    return kernels, programs, pointers, (T, launch.run, B, states), names
 
 
 def split_ranks(parts: Tensor, u: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -85,12 +85,16 @@ def forward_kernel(
     STORE: tl.constexpr,
 ):
     """Make y = [x +] act(sum_j taps_j * x_{t-j})."""
+    TILES: tl.constexpr = (D // Q + SPAN - 1) // SPAN  # tiles a group
+    GROUPS: tl.constexpr = (Q + BD // SPAN - 1) // (BD // SPAN)
     runs = tl.cdiv(T, run)
-    n = (tl.program_id(0) // runs).to(tl.int64)
-    first = (tl.program_id(0) % runs) * run
+    tile = tl.program_id(0) % (TILES * GROUPS)  # neighbours in memory run at the same time
+    part = tl.program_id(0) // (TILES * GROUPS)
+    n = (part // runs).to(tl.int64)
+    first = (part % runs) * run
     g = n // B
-    d, in_d, _ = channels_of(tl.program_id(1), tl.arange(0, BD), D, Q, BD, SPAN)
-    _, _, shared = channels_of(tl.program_id(1), tl.arange(0, BD // VEC) * VEC, D, Q, BD, SPAN)
+    d, in_d, _ = channels_of(tile, tl.arange(0, BD), D, Q, BD, SPAN)
+    _, _, shared = channels_of(tile, tl.arange(0, BD // VEC) * VEC, D, Q, BD, SPAN)
     static = load_static(weight_ptr + g * W * D, d, in_d, D, W, HAS_WEIGHT)
     r = tl.arange(0, BT)
     for t in range(first, tl.minimum(first + run, T), BT):
@@ -144,12 +148,14 @@ def backward_kernel(
 ):
     """All gradients but the state's."""
     TILES: tl.constexpr = (D // Q + SPAN - 1) // SPAN  # tiles a group
+    GROUPS: tl.constexpr = (Q + BD // SPAN - 1) // (BD // SPAN)
     runs = tl.cdiv(T, run)
-    tile = tl.program_id(1)
-    n = (tl.program_id(0) // runs).to(tl.int64)
-    first = (tl.program_id(0) % runs) * run
+    tile = tl.program_id(0) % (TILES * GROUPS)  # neighbours in memory run at the same time
+    part = tl.program_id(0) // (TILES * GROUPS)  # n * runs + run
+    n = (part // runs).to(tl.int64)
+    first = (part % runs) * run
     g = n // B
-    N = tl.num_programs(0) // runs
+    N = tl.num_programs(0) // (TILES * GROUPS) // runs
     d, in_d, _ = channels_of(tile, tl.arange(0, BD), D, Q, BD, SPAN)
     _, _, shared = channels_of(tile, tl.arange(0, BD // VEC) * VEC, D, Q, BD, SPAN)
     q = (tile // TILES) * (BD // SPAN) + tl.arange(0, BD // SPAN)
@@ -179,14 +185,14 @@ def backward_kernel(
         dx = dc * spread(taps[0], static[0], VEC)
         if RESIDUAL:
             dx += ups[0][0].to(tl.float32)
-        part = d_filters_ptr + ((tile % TILES) * (N * T) + row) * (W * Q)
+        made = d_filters_ptr + ((tile % TILES) * (N * T) + row) * (W * Q)
         added = ()
         for j in tl.static_range(W):
             # what lag j gives to its taps: dc_t x_{t-j}
             p = dc * xs[j].to(tl.float32)
             added = added + (sums[j] + p if HAS_WEIGHT else sums[j],)
             total = tl.sum(tl.reshape(p, (BT, BD // SPAN, SPAN)), 2).to(d_filters_ptr.dtype.element_ty)
-            where = part + r[:, None] * (W * Q) + j * Q + q[None, :]
+            where = made + r[:, None] * (W * Q) + j * Q + q[None, :]
             tl.store(where, total, mask=inside[:, None] & (q < Q)[None, :])
             # what token t + j hands back to token t
             if j > 0:
@@ -196,5 +202,5 @@ def backward_kernel(
         tl.store(dx_ptr + where, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & in_d[None, :])
     if HAS_WEIGHT:
         for j in tl.static_range(W):
-            where = (tl.program_id(0).to(tl.int64) * W + j) * D + d  # program 0 is n * runs + run
+            where = (part.to(tl.int64) * W + j) * D + d
             tl.store(d_weight_ptr + where, tl.sum(sums[j], 0), mask=in_d)

@@ -64,18 +64,6 @@ def beside(parts, W: tl.constexpr, LAGS: tl.constexpr):
 
 
 @triton.jit
-def apart(x, LAGS: tl.constexpr):
-    """Undo :func:`beside`: a tuple of LAGS tiles."""
-    if LAGS == 1:
-        parts = (x,)
-    else:
-        halves = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
-        low, high = tl.split(tl.permute(halves, (0, 2, 1)))
-        parts = apart(low, LAGS // 2) + apart(high, LAGS // 2)
-    return parts
-
-
-@triton.jit
 def pair(a, b):
     """[A, N] and [A, N] to [A, 2 N]."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
@@ -132,6 +120,17 @@ def channels_left(start, D: tl.constexpr, EVEN: tl.constexpr):
     return c, (c >= 0 if EVEN else c < D - start)
 
 
+@triton.jit
+def load_slices(x_ptr, r, inside, first, D: tl.constexpr, SLICES: tl.constexpr, EVEN: tl.constexpr):
+    """A tuple of the slices from channel ``first`` on, [BT, SLICE] each, at rows r."""
+    tiles = ()
+    for s in tl.static_range(SLICES):
+        d, in_d = channels_left(first + s * SLICE, D, EVEN)
+        where = x_ptr + (first + s * SLICE) + (r[:, None] * D + d[None, :])
+        tiles = tiles + (tl.load(where, mask=inside[:, None] & in_d[None, :], other=0.0),)
+    return tiles
+
+
 @triton.jit(do_not_specialize=["T", "run", "B", "S"])
 def forward_kernel(
     x_ptr,  # [N, T, D]
@@ -164,44 +163,53 @@ def forward_kernel(
 ):
     """Make y = [x +] act(sum_j taps_j * x_{t-j}). BR holds the ranks and those of the static taps."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty
-    LAGS: tl.constexpr = 1 if W == 1 else 2 if W == 2 else 4 if W <= 4 else 8
     EVEN: tl.constexpr = D % (SLICES * 32) == 0
+    TILES: tl.constexpr = (D + SLICES * 32 - 1) // (SLICES * 32)
     runs = tl.cdiv(T, run)
-    n = (tl.program_id(0) // runs).to(tl.int64)
-    first = (tl.program_id(0) % runs) * run
+    part = tl.program_id(0) // TILES  # neighbours in memory run at the same time
+    channel = (tl.program_id(0) % TILES) * (SLICES * SLICE)
+    n = (part // runs).to(tl.int64)
+    first = (part % runs) * run
+    stop = tl.minimum(first + run, T)
     g = n // B
     r = tl.arange(0, BT)
+    c = tl.arange(0, SLICE)
     token = token_of(r, WARPS)
-    column = tl.arange(0, LAGS * SLICE)
     weights = ()
     for s in tl.static_range(SLICES):
-        start = (tl.program_id(1) * SLICES + s) * SLICE
-        made = load_taps(u_ptr, weight_ptr, g, start, column // SLICE, column, D, W, R, BR, HAS_WEIGHT)
-        weights = weights + (made,)
-    for t in range(first, tl.minimum(first + run, T), BT):
+        for j in tl.static_range(W):
+            start = channel + s * SLICE
+            made = load_taps(u_ptr, weight_ptr, g, start, j + 0 * c, c, D, W, R, BR, HAS_WEIGHT)
+            weights = weights + (made,)
+    # a tile of tokens is on its way while the one before it is computed; only lag 0, the others find it in L1
+    row = n * T + first
+    z = load_ranks(z_ptr + row * R, token, token < stop - first, R, BR, HAS_WEIGHT)
+    tiles = load_slices(x_ptr + row * D, r, r < stop - first, channel, D, SLICES, EVEN)
+    for t in range(first, stop, BT):
         row = n * T + t
-        left = T - t
+        left = stop - t
         pos, home = locate(pos_ptr, seq_ptr, row + r, t + r, n, g, r < left, S, W, PACKED)
-        z = load_ranks(z_ptr + row * R, token, token < left, R, BR, HAS_WEIGHT)
+        ahead = row + BT
+        next_tiles = load_slices(x_ptr + ahead * D, r, r < left - BT, channel, D, SLICES, EVEN)
+        next_z = load_ranks(z_ptr + ahead * R, token, token < left - BT, R, BR, HAS_WEIGHT)
         for s in tl.static_range(SLICES):
-            start = (tl.program_id(1) * SLICES + s) * SLICE
+            start = channel + s * SLICE
             d, in_d = channels_left(start, D, EVEN)
             here = row * D + start
-            xs = ()
-            for j in tl.static_range(W):  # all on their way before the first is used
+            xs = (tiles[s],)
+            for j in tl.static_range(1, W):
                 x = load_lag(x_ptr + here, state_ptr + start, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
                 xs = xs + (x,)
-            taps = apart(multiply(z, weights[s], HALF, PRECISION), LAGS)
-            for j in tl.static_range(W):
-                x = xs[j].to(tl.float32)
-                if j == 0:
-                    now = x
-                    y = x * from_product(taps[j], BT, WARPS)
-                else:
-                    y += x * from_product(taps[j], BT, WARPS)
+            now = tiles[s].to(tl.float32)
+            y = now * from_product(multiply(z, weights[s * W], HALF, PRECISION), BT, WARPS)
+            for j in tl.static_range(1, W):
+                taps = from_product(multiply(z, weights[s * W + j], HALF, PRECISION), BT, WARPS)
+                y += xs[j].to(tl.float32) * taps
             where = r[:, None] * D + d[None, :]
             mask = (r < left)[:, None] & in_d[None, :]
             finish(y, now, y_ptr + here, before_ptr + here, where, mask, SILU, RESIDUAL, STORE)
+        tiles = next_tiles
+        z = next_z
 
 
 @triton.jit(do_not_specialize=["T", "run", "B", "S"])
@@ -242,12 +250,16 @@ def backward_kernel(
     EVEN: tl.constexpr = D % (SLICES * 32) == 0
     ROWS: tl.constexpr = R + 1 if HAS_WEIGHT else R
     LAGS: tl.constexpr = 1 if W == 1 else 2 if W == 2 else 4 if W <= 4 else 8
+    TILES: tl.constexpr = (D + SLICES * 32 - 1) // (SLICES * 32)
     runs = tl.cdiv(T, run)
-    tile = tl.program_id(1)
-    n = (tl.program_id(0) // runs).to(tl.int64)
-    first = (tl.program_id(0) % runs) * run
+    part = tl.program_id(0) // TILES  # n * runs + run; neighbours in memory run at the same time
+    tile = tl.program_id(0) % TILES
+    n = (part // runs).to(tl.int64)
+    first = (part % runs) * run
+    stop = tl.minimum(first + run, T)
     g = n // B
-    N = tl.num_programs(0) // runs
+    N = tl.num_programs(0) // TILES // runs
+    channel = tile * (SLICES * SLICE)
     r = tl.arange(0, BT)
     rr = tl.arange(0, BZ)
     token = token_of(r, WARPS)
@@ -256,7 +268,7 @@ def backward_kernel(
     mixers = ()
     sums = ()
     for s in tl.static_range(SLICES):
-        start = (tile * SLICES + s) * SLICE
+        start = channel + s * SLICE
         for j in tl.static_range(W):
             c = tl.arange(0, SLICE)
             made = load_taps(u_ptr, weight_ptr, g, start, j + 0 * c, c, D, W, R, BR, HAS_WEIGHT)
@@ -265,22 +277,38 @@ def backward_kernel(
         made = load_taps(u_ptr, weight_ptr, g, start, column // SLICE, column, D, W, R, BZ, False)
         mixers = mixers + (made,)
         sums = sums + (tl.zeros((LAGS * SLICE, BR), tl.float32),)
-    for t in range(first, tl.minimum(first + run, T), BT):
+    # a tile of tokens is on its way while the one before it is computed; only lag 0, the others find it in L1
+    row = n * T + first
+    inside = r < stop - first
+    z = load_ranks(z_ptr + row * R, token, token < stop - first, R, BR, HAS_WEIGHT)
+    tiles = load_slices(x_ptr + row * D, r, inside, channel, D, SLICES, EVEN)
+    dys = load_slices(dy_ptr + row * D, r, inside, channel, D, SLICES, EVEN)
+    for t in range(first, stop, BT):
         row = n * T + t
         left = T - t
-        pos, home = locate(pos_ptr, seq_ptr, row + r, t + r, n, g, r < left, S, W, PACKED)
+        inside = r < stop - t
+        pos, home = locate(pos_ptr, seq_ptr, row + r, t + r, n, g, inside, S, W, PACKED)
+        soon = r < stop - t - BT
+        ahead = row + BT
+        next_tiles = load_slices(x_ptr + ahead * D, r, soon, channel, D, SLICES, EVEN)
+        next_dys = load_slices(dy_ptr + ahead * D, r, soon, channel, D, SLICES, EVEN)
+        next_z = load_ranks(z_ptr + ahead * R, token, token < stop - t - BT, R, BR, HAS_WEIGHT)
         dz = tl.zeros((BT, BZ), tl.float32)
-        zs = ()
-        for j in tl.static_range(W):
+        zs = (z,)
+        for j in tl.static_range(1, W):
             zs = zs + (load_ranks(z_ptr + (row + j) * R, token, token + j < left, R, BR, HAS_WEIGHT),)
         added = ()
         for s in tl.static_range(SLICES):
-            start = (tile * SLICES + s) * SLICE
+            start = channel + s * SLICE
             d, in_d = channels_left(start, D, EVEN)
             here = row * D + start
-            xs = ()
-            ups = ()
-            for j in tl.static_range(W):  # all on their way before the first is used
+            before = dys[s]
+            if SILU:
+                where = before_ptr + here + (r[:, None] * D + d[None, :])
+                before = tl.load(where, mask=inside[:, None] & in_d[None, :], other=0.0)
+            xs = (tiles[s],)
+            ups = ((dys[s], before),)
+            for j in tl.static_range(1, W):
                 x = load_lag(x_ptr + here, state_ptr + start, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
                 later = r + j < left
                 if PACKED:
@@ -309,14 +337,17 @@ def backward_kernel(
                 else:
                     dx += slope(ups[j], SILU).to(tl.float32) * taps
             where = here + (r[:, None] * D + d[None, :])
-            tl.store(dx_ptr + where, dx.to(dx_ptr.dtype.element_ty), mask=(r < left)[:, None] & in_d[None, :])
+            tl.store(dx_ptr + where, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & in_d[None, :])
         sums = added
+        tiles = next_tiles
+        dys = next_dys
+        z = next_z
         where = (tile.to(tl.int64) * N * T + row) * R + (token[:, None] * R + rr[None, :])
-        tl.store(dz_ptr + where, dz, mask=(token < left)[:, None] & (rr < R)[None, :])
-    du_ptr += tl.program_id(0).to(tl.int64) * ROWS * W * D  # program 0 is n * runs + run
+        tl.store(dz_ptr + where, dz, mask=(token < stop - t)[:, None] & (rr < R)[None, :])
+    du_ptr += part.to(tl.int64) * ROWS * W * D
     rank = tl.arange(0, BR)
     lag = column // SLICE
     for s in tl.static_range(SLICES):
-        d = (tile * SLICES + s) * SLICE + channel_of(column % SLICE)
+        d = channel + s * SLICE + channel_of(column % SLICE)
         where = (rank[None, :] * W + lag[:, None]) * D + d[:, None]
         tl.store(du_ptr + where, sums[s], mask=(rank < ROWS)[None, :] & ((lag < W) & (d < D))[:, None])

@@ -89,7 +89,7 @@ class StaticConv(torch.autograd.Function):
         tensors = contiguous(x, weight, bias, state, pos, seq, head)
         y = torch.empty_like(tensors[0])
         if y.numel() > 0:
-            grid, numbers, names = geometry(launch_of(x, False), *tensors)
+            _, grid, numbers, names = geometry(launch_of(x, False), *tensors)
             with device_of(x):
                 forward_kernel[grid](
                     *filled(y, *tensors[:6]), y, *numbers, SILU=silu, RESIDUAL=residual, **names
@@ -136,8 +136,7 @@ class StaticConvGradient(torch.autograd.Function):
         x, weight, bias, state = tensors[:4]
         G, D = x.shape[0], x.shape[3]
         W = weight.shape[1]
-        grid, numbers, names = geometry(launch_of(x, True), *tensors)
-        parts = grid[0] // max(1, G)
+        parts, grid, numbers, names = geometry(launch_of(x, True), *tensors)
         dx = torch.empty_like(x)
         d_weight = torch.empty(G, parts, W, D, dtype=torch.float32, device=x.device)
         d_bias = torch.empty(G, parts, D if bias is not None else 0, dtype=torch.float32, device=x.device)
@@ -181,8 +180,8 @@ def geometry(
     pos: Tensor | None,
     seq: Tensor | None,
     head: Tensor | None,
-) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
-    """The grid, the sizes and the compile-time arguments that both kernels take."""
+) -> tuple[int, tuple[int], tuple[int, ...], dict[str, Any]]:
+    """Partial sums of a replica, grid, sizes and compile-time arguments of both kernels."""
     G, B, T, D = x.shape
     names = {
         "D": D,
@@ -194,8 +193,13 @@ def geometry(
         "PACKED": pos is not None,
         "num_warps": launch.warps,
     }
-    grid = G * B * triton.cdiv(T, launch.run), triton.cdiv(D, launch.channel_block)
-    return grid, (T, launch.run, B, B if state is None else state.shape[1]), names
+    parts = B * triton.cdiv(T, launch.run)
+    return (
+        parts,
+        (G * parts * triton.cdiv(D, launch.channel_block),),
+        (T, launch.run, B, B if state is None else state.shape[1]),
+        names,
+    )
 
 
 def first_outputs(

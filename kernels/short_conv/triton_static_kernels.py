@@ -122,11 +122,13 @@ def forward_kernel(
 ):
     """Make y = [x +] act(sum_j w_j x_{t-j} + bias)."""
     runs = tl.cdiv(T, run)
-    n = (tl.program_id(0) // runs).to(tl.int64)
-    first = (tl.program_id(0) % runs) * run
+    tiles: tl.constexpr = (D + BD - 1) // BD
+    part = tl.program_id(0) // tiles  # n * runs + run; neighbours in memory run at the same time
+    n = (part // runs).to(tl.int64)
+    first = (part % runs) * run
     end = tl.minimum(first + run, T)
     g = n // B
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
     in_d = d < D
     weights = load_weights(weight_ptr, g, d, in_d, D, W)
     offset = tl.zeros((BD,), tl.float32)
@@ -188,12 +190,14 @@ def backward_kernel(
 ):
     """All gradients but the state's; the convolution itself is made again where the activation needs it."""
     runs = tl.cdiv(T, run)
-    n = (tl.program_id(0) // runs).to(tl.int64)
-    first = (tl.program_id(0) % runs) * run
+    tiles: tl.constexpr = (D + BD - 1) // BD
+    part = tl.program_id(0) // tiles  # n * runs + run; neighbours in memory run at the same time
+    n = (part // runs).to(tl.int64)
+    first = (part % runs) * run
     end = tl.minimum(first + run, T)
     reach = tl.minimum(first + run + W - 1, T)
     g = n // B
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
     in_d = d < D
     weights = load_weights(weight_ptr, g, d, in_d, D, W)
     offset = tl.zeros((BD,), tl.float32)
@@ -254,7 +258,7 @@ def backward_kernel(
             inside = in_d & (back_row >= first) & (back_row < end)
             tl.store(dx_ptr + where, done.to(dx_ptr.dtype.element_ty), mask=inside)
             window = shift(x, window, W)
-    part = tl.program_id(0).to(tl.int64)  # n * runs + run
+    part = part.to(tl.int64)
     for j in tl.static_range(W):
         tl.store(d_weight_ptr + (part * W + j) * D + d, sums[j], mask=in_d)
     if HAS_BIAS:

@@ -120,7 +120,8 @@ def test_all_flags(form, silu, residual, bias, state):
         ("static", 1, 131, 3, 5, 0, 0),  # two runs of tokens
         ("static", 1, 4, 270, 2, 0, 0),  # two tiles of channels
         ("low-rank", 1, 40, 70, 3, 1, 0),
-        ("low-rank", 2, 2, 5, 8, 17, 0),
+        ("low-rank", 2, 2, 5, 8, 9, 0),
+        ("low-rank", 1, 3, 34, 4, 17, 0),
         ("low-rank", 1, 17, 130, 1, 16, 0),
         ("head-wise", 1, 17, 30, 3, 0, 10),  # groups of 3 channels
         ("head-wise", 1, 6, 150, 2, 0, 1),  # a group wider than a tile

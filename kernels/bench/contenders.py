@@ -187,9 +187,9 @@ def _memory_peers(point: str, leaves: list[Tensor], device: str) -> Iterator[Con
         "GDN-2": "gdn2",
     }[point]
     if device == "cpu":
-        naive = fla_naive(kernel) if kernel in ("gdn2", "kda") and point != "DeltaNet" else None
+        naive = None if point in ("linear attention", "DeltaNet") else fla_naive(kernel)  # another layout
         if naive is not None:
-            yield Contender(name="fla (naive recurrence)", call=partial(_naive, naive), leaves=leaves)
+            yield Contender(name="fla (naive recurrence)", call=partial(_naive, naive, point), leaves=leaves)
     elif (theirs := fla_kernel(kernel)) is not None:
         note = untrusted(kernel, has_decay=point not in ("linear attention", "DeltaNet"))
         yield Contender(name=f"fla ({kernel})", call=partial(_fla, theirs, point), leaves=leaves, note=note)
@@ -207,7 +207,11 @@ def _memory_peers(point: str, leaves: list[Tensor], device: str) -> Iterator[Con
         )
 
 
-def _naive(naive: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> Tensor:
+def _naive(naive: Callable[..., Any], point: str, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> Tensor:
+    if point == "Mamba-2":
+        return naive(q, k, v * gates[0][..., None], -gates[0])[0]
+    if point == "GDN":
+        return naive(q, k, v, g=gates[0], beta=gates[1])[0]
     return naive(q, k, v, *gates)[0]
 
 

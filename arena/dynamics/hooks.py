@@ -131,6 +131,8 @@ def _changed_gates(gates: GateValues, layer: int, hook: Hook) -> GateValues:
         if value.shape[-1] == 1:
             value, same = value[..., 0], same[..., 0]
         if name == "decay":
+            if bool((value.abs() > 1).any()):
+                raise ValueError("a decay cannot leave [-1, 1]")
             changes["log_decay"] = _kept(same, gates.log_decay, value.abs().log())
             if gates.decay_sign is not None or bool((value < 0).any()):
                 changes["decay_sign"] = torch.where(value < 0, -1.0, 1.0).to(value.dtype)

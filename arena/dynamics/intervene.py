@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from arena.blocks.recurrent import RecurrentBlock
+from arena.blocks.registry import near
 from arena.dynamics.hooks import Hook, gates_of, hooked
 from arena.dynamics.record import blocks_of
 
@@ -191,8 +192,8 @@ def editor(edits: Sequence[Edit], classes: Mapping[str, Tensor], *, seed: int = 
     """
     for edit in edits:
         if edit.tokens is not None and edit.tokens not in classes:
-            known = ", ".join(classes) or "none"
-            raise ValueError(f"{edit.what}: there is no class of tokens {edit.tokens!r}; classes: {known}")
+            near_ones = near(edit.tokens, list(classes)) or "; there are none"
+            raise ValueError(f"{edit.what}: there is no class of tokens {edit.tokens!r}{near_ones}")
 
     def hook(layer: int, values: dict[str, Tensor], start: int) -> dict[str, Tensor]:
         for edit in edits:

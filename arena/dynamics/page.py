@@ -39,7 +39,8 @@ _SECTIONS: list[tuple[str, str, Callable[[Sequence[findings.Task]], Iterator[str
         "what the "
         "gate's dependence on the token was worth. Number and colour: accuracy lost, mean over runs; "
         "empty: no such "
-        "gate. Single heads and other changes: effects.csv.",
+        "gate. One gate at a time, also where training ties two. Single heads and other changes: "
+        "effects.csv.",
     ),
     (
         "Eigenvalues",
@@ -227,6 +228,7 @@ tbody tr:nth-child(even) td { background: var(--card); }
 figure { margin: .8rem 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px;
   padding: .4rem; }
+@media (max-width: 40rem) { .scroll { overflow-x: auto; } figure img { max-width: none; width: 38rem; } }
 .caption { color: var(--soft); font-size: .88rem; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; color: var(--mark); }
@@ -253,7 +255,7 @@ summary { cursor: pointer; color: var(--mark); }
 </table></div>
 {% endif %}
 {% for path in section.figures %}
-<figure><img src="{{ path | inline }}" alt="{{ section.heading }}"></figure>
+<figure class="scroll"><img src="{{ path | inline }}" alt="{{ section.heading }}"></figure>
 {% endfor %}
 {% if section.caption %}<p class="caption">{{ section.caption }}</p>{% endif %}
 {% set shown = section.lines[:8] %}{% set more = section.lines[8:] %}

@@ -15,7 +15,7 @@ from arena.dynamics.effects import NEAR_MINUS_ONE
 from arena.dynamics.findings import GATES, Task, by_run, frozen, listed, number, span
 from arena.dynamics.probe import DIMENSIONS
 from arena.report.palette import family_order
-from arena.statistics import MIN_UNITS
+from arena.statistics import MIN_UNITS, bootstrap_interval
 
 _TIED = 0.9999
 
@@ -165,7 +165,11 @@ def effect_sentences(tasks: Sequence[Task]) -> Iterator[str]:
 
 
 def _sure(rows: pl.DataFrame) -> str:
-    """Interval of one run, or in how many runs the interval leaves out 0."""
+    """Interval over runs where there are enough; of one run; or in how many runs it leaves out 0."""
+    if len(rows) >= MIN_UNITS:
+        over_runs = bootstrap_interval([rows["effect"].to_list()])
+        if over_runs is not None:
+            return f" [over runs, interquartile mean: {number(over_runs[0])}, {number(over_runs[1])}]"
     if rows["low"].null_count():
         return " (no interval)"
     if len(rows) == 1:

@@ -25,7 +25,7 @@ from arena.dynamics.effects import (
 from arena.dynamics.fields import FIELD_COLUMNS, measure_fields
 from arena.dynamics.intervene import parse_edit
 from arena.dynamics.probe import PROBE_COLUMNS, measure_decodability
-from arena.grid.experiment import ExperimentError, near
+from arena.grid.experiment import ExperimentError
 from arena.grid.plan import TESTED_STAGES
 from arena.grid.results import load_model, load_results
 from arena.grid.store import StoreError
@@ -209,7 +209,7 @@ def study(
         task = synthetic_tasks.get(run["task"], **json.loads(run["task_params"]))
         count = n_sequences or min(256, max(64, _TOKENS // length))
         row = runs[index].with_columns(test_lengths=pl.lit(None))
-        (frame,) = measure_runs(directory, row, lengths=[length], examples=SEQUENCES, split="test")
+        (frame,) = measure_runs(directory, row, lengths=[length], examples=SEQUENCES)
         frame.write_parquet(folder / f"{run['run_id']}-{length}.parquet")
         look = task.sample(LOOKED_AT, length, split="valid")
         classes = {"all": torch.ones_like(look.targets, dtype=torch.bool)}
@@ -250,25 +250,15 @@ def _about(frame: pl.DataFrame, about: dict[str, Any]) -> pl.DataFrame:
 
 
 def _check_interventions(directory: Path, runs: pl.DataFrame, wanted: Iterable[Intervention] | None) -> None:
-    """Refuse interventions that a chosen model cannot take, before anything is measured."""
-    from arena.dynamics.intervene import check
-
+    """Refuse interventions that a chosen model cannot take, by trying them before anything is written."""
     for run in runs.unique("run_id", maintain_order=True).iter_rows(named=True) if wanted else ():
         model = load_model(directory, run["run_id"])
         task = synthetic_tasks.get(run["task"], **json.loads(run["task_params"]))
-        batch = task.sample(1, run["length"])
-        classes = token_classes(task, batch.tokens, batch.targets)
-        for intervention in wanted or ():
-            try:
-                check(model, intervention.edits)
-            except ValueError as error:
-                raise ExperimentError(
-                    f"{run['arm']} on {run['task']}: {error}; choose arms with --arch"
-                ) from None
-            for name in {edit.tokens for edit in intervention.edits} - {None}:
-                if name not in classes:
-                    known = near(str(name), list(classes))
-                    raise ExperimentError(f"{run['task']} has no class of tokens {name!r}{known}")
+        try:
+            measure_effects(model, task, run["length"], interventions=list(wanted or ()), n_sequences=1)
+        except ValueError as error:
+            where = f"{run['arm']} on {run['task']}"
+            raise ExperimentError(f"{where}: {error}; choose arms and tasks with --arch and --task") from None
 
 
 def dictionary_markdown() -> str:

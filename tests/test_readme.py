@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def test_the_example_architecture_is_the_tested_file():
     assert len(shown[0].splitlines()) < 60
 
 
+def test_the_tuning_section_is_one():
+    from arena.grid import parse_experiment
+
+    (text,) = [code for language, code in BLOCKS if language == "toml" and "[tuning]" in code]
+    task = {"name": "parity", "train_lengths": 30, "eval_lengths": 90}
+    rest = {"name": "x", "archs": ["gdn2", "gdn", "swa"], "tasks": [task], "train": {"steps": 1}}
+    assert parse_experiment({**rest, **tomllib.loads(text)}).tuning.points == 8
+
+
 def test_commands_run(tmp_path):
     """Every command of the README in order, the grids cut to two steps and one small corner."""
     folders = {}
@@ -46,6 +56,10 @@ def test_commands_run(tmp_path):
         words = [folders.setdefault(w, str(tmp_path / w)) if w.startswith("results/") else w for w in words]
         if words[0] == "ablate":
             words += ["--steps", "2", "--trials", "2", "--seeds", "1"]
+        if words[0] == "tune":
+            words += ["--steps", "2", "--trials", "2", "--seeds", "1"]
+            if "--arch" not in words:
+                words += ["--arch", "gdn,mamba2", "--task", "mqar"]
         if words[0] == "grid":
             words += ["--steps", "2"]
             if "--arch" not in words:

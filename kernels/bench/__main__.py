@@ -28,6 +28,7 @@ def main() -> None:
     each.add_argument("--sizes", choices=tuple(SIZES), default=ARENA)
     each.add_argument("--operators", default="", help="names with commas between (default: all)")
     each.add_argument("--points", default="", help=f"of gated_memory: {', '.join(POINTS)}")
+    each.add_argument("--first", type=int, help="only so many of the shapes (default: all)")
     each.add_argument("--out", help="file for the rows, JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -45,6 +46,7 @@ def main() -> None:
         options.sizes,
         operators=tuple(x for x in options.operators.split(",") if x),
         points=tuple(x for x in options.points.split(",") if x),
+        first=options.first,
     )
     start = time.monotonic()
     for row in rows(wanted, options.device, limits, rounds=options.repeats):

@@ -80,7 +80,12 @@ class Comparison:
 
 
 def comparisons(
-    device: str, sizes: str, *, operators: tuple[str, ...] = (), points: tuple[str, ...] = ()
+    device: str,
+    sizes: str,
+    *,
+    operators: tuple[str, ...] = (),
+    points: tuple[str, ...] = (),
+    first: int | None = None,
 ) -> Iterator[Comparison]:
     """Yield what can be compared here, one after the other: the inputs of one may need much memory.
 
@@ -89,10 +94,11 @@ def comparisons(
         sizes: ``"arena"`` (float32) or ``"lm"`` (bfloat16).
         operators: Only these; empty: all.
         points: Of the gated memory only these; empty: all.
+        first: Only so many of the shapes; None: all.
     """
     dtype = SIZES[sizes]
     wanted = operators or ("gated_memory", "mlstm", "slstm", "short_conv", "dynamic_short_conv")
-    for shape in MEMORY_SHAPES[sizes]:
+    for shape in MEMORY_SHAPES[sizes][:first]:
         if "gated_memory" in wanted:
             for point in points or tuple(POINTS):
                 yield memory(point, shape, dtype, device)
@@ -100,7 +106,7 @@ def comparisons(
             yield matrix_lstm(shape, dtype, device)
         if "slstm" in wanted and sizes == ARENA:
             yield scalar_lstm(shape, dtype, device)
-    for size in CONV_SHAPES[sizes]:
+    for size in CONV_SHAPES[sizes][:first]:
         if "short_conv" in wanted:
             yield convolution(size, dtype, device)
         if "dynamic_short_conv" in wanted:

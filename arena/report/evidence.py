@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def evidence(
     points = _finite(point_scores(rows, metric, lengths))
     spent = spent_table(rows, load_results(directory, all_requests=True))
     ledger, winners = (_read(directory / "tuning" / f"{name}.parquet") for name in ("ledger", "winners"))
+    if not winners.is_empty():  # of an earlier request they may be other points
+        winners = winners.join(points, on=[*INDEX, "trial", "lr"], how="semi")
     context = Context(directory=directory, labels=labels, styles=styles)
     context.frames.update({"points": points, "spent": spent, "ledger": ledger})
     trials = tuning_trials(spent)
@@ -80,7 +83,7 @@ def evidence(
         best_of_n_section(points, context),
         response_section(points, winners, context),
         panel_section(rows, metric, lengths, context),
-        importance_section(_studies(directory, rows), context),
+        importance_section(_studies(directory, points), context),
         _pruning(rows, load_curves(directory), metric, lengths, context),
         _ledger(ledger, context),
     ]
@@ -101,8 +104,11 @@ def _finite(points: pl.DataFrame) -> pl.DataFrame:
     return points.with_columns(score=score.fill_null(worst)).drop_nulls("score")
 
 
-def _studies(directory: Path, rows: pl.DataFrame) -> dict[Cell, Any]:
-    """The Optuna studies behind the rows, from the folder's journal; none where they are in a database."""
+def _studies(directory: Path, points: pl.DataFrame) -> dict[Cell, Any]:
+    """The Optuna studies behind the points, from the folder's journal; none where they are in a database.
+
+    A folder may hold studies of several requests: the one whose trials have the points' scores is meant.
+    """
     journal = directory / "tuning" / "journal.log"
     if not journal.exists():
         return {}
@@ -112,12 +118,23 @@ def _studies(directory: Path, rows: pl.DataFrame) -> dict[Cell, Any]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(journal)))
-    found, spaces = {}, set(rows["space"])
+    tuned = points.filter(pl.col("stage").is_in(TUNED))
+    scores = {tuple(row[:4]): row[4] for row in tuned.select(*INDEX, "trial", "score").iter_rows()}
+    found: dict[Cell, Any] = {}
+    agreed: dict[Cell, int] = {}
     for name in optuna.get_all_study_names(storage):
         study = optuna.load_study(study_name=name, storage=storage)
-        notes = study.user_attrs
-        if {*INDEX, "space"} <= notes.keys() and notes["space"] in spaces:
-            found[notes["task"], notes["task_params"], notes["arm"]] = study
+        task, params, arm = (str(study.user_attrs.get(key)) for key in INDEX)
+        cell = task, params, arm
+        same = sum(
+            trial.value is not None
+            # the study of a loss is minimised, a score is the better the higher
+            and abs(abs(trial.value) - abs(scores.get((*cell, trial.user_attrs.get("point")), math.inf)))
+            < 1e-9
+            for trial in study.get_trials(deepcopy=False)
+        )
+        if same > agreed.get(cell, 0):
+            found[cell], agreed[cell] = study, same
     return found
 
 

@@ -188,6 +188,47 @@ def test_importances():
     assert importance_table({}).is_empty()
 
 
+def test_the_study_of_the_points_is_read_from_the_journal(tmp_path):
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    points = point_scores(tuned_rows(points=8))
+    assert evidence._studies(tmp_path, points) == {}
+    (tmp_path / "tuning").mkdir()
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "tuning" / "journal.log")))
+    decay = {"weight_decay": optuna.distributions.FloatDistribution(0, 1)}
+    mine = points.filter(**CELL).sort("trial")
+    for name, offset in (("earlier", 0.1), ("mine", 0.0), ("later", -0.2)):
+        made = optuna.create_study(storage=storage, study_name=name, direction="maximize")
+        for key, value in CELL.items():
+            made.set_user_attr(key, value)
+        for trial, score, wd in mine.select("trial", "score", "weight_decay").iter_rows():
+            made.add_trial(
+                optuna.trial.create_trial(
+                    value=score + offset,
+                    params={"weight_decay": wd},
+                    distributions=decay,
+                    user_attrs={"point": trial},
+                )
+            )
+    optuna.create_study(storage=storage, study_name="of something else")
+    (found,) = evidence._studies(tmp_path, points).items()
+    assert found[0] == tuple(CELL.values()) and found[1].study_name == "mine"
+
+
+def test_winners_of_an_earlier_request_are_not_shown(report, tmp_path):
+    rows = tuned_rows(points=4)
+    stale = (
+        rows.filter(stage="final").unique(["task", "arm"]).select("task", "task_params", "arm", "trial", "lr")
+    )
+    (tmp_path / "tuning").mkdir()
+    stale.with_columns(pl.col("lr") * 2, score=0.5, loss=1.0, options=pl.lit("{}"), n_points=4).write_parquet(
+        tmp_path / "tuning" / "winners.parquet"
+    )
+    assert "Chosen points" not in report(rows)[0]
+
+
 def test_arms_of_a_report_look_different():
     names = [f"arm{i}" for i in range(12)] + ["gdn", "gdn-neg", "xlstm[1:1]", "xlstm[7:1]", "gdn2+swa"]
     found = looks(names)

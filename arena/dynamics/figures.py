@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from arena.dynamics import panels
 from arena.dynamics.effects import NEAR_MINUS_ONE
 from arena.dynamics.study import Tables
-from arena.report.palette import family_order
+from arena.report.palette import family_order, looks
 
 _STYLE = {
     **sns.axes_style("ticks"),
@@ -53,9 +53,9 @@ def draw_figures(tables: Tables, labels: dict[tuple[str, str], str], folder: Pat
             ("effective rank of the memory", panels.token_panel(small, "state_effective_rank")),
         ],
         "edit": [
-            ("old value left after a write", panels.head_panel(small, "old_value_left", (-1.05, 1.3))),
-            ("values of other keys left", panels.head_panel(small, "other_value_left", (-0.3, 1.3))),
-            ("read beside the new value", panels.head_panel(small, "overwrite_error", (0, 2.5))),
+            ("old value left", panels.head_panel(small, "old_value_left", (-1.05, 1.3))),
+            ("other keys' values left", panels.head_panel(small, "other_value_left", (-0.3, 1.3))),
+            ("read beside the new", panels.head_panel(small, "overwrite_error", (0, 2.5))),
         ],
         "decodability": [("true state read by a linear probe", panels.probe_panel(small))],
         "effects": [("accuracy lost with a gate frozen at its mean", panels.effect_panel(small, longest))],
@@ -64,7 +64,7 @@ def draw_figures(tables: Tables, labels: dict[tuple[str, str], str], folder: Pat
     drawn = {}
     for name, columns in families.items():
         path = folder / f"{name}.png"
-        if _draw(columns, tables.runs, labels, path, _legends().get(name, [])):
+        if _draw(columns, tables.runs, labels, path, _legends(tables.runs["arm"]).get(name, [])):
             drawn[name] = path
     return drawn
 
@@ -101,7 +101,7 @@ def _draw(
                     axis.text(0.5, 0.5, "none here", ha="center", va="center", color=panels.GREY, fontsize=9)
                 axis.set_title(f"{labels[key]}: {title}" if index == 0 else title, fontsize=9.5)
         if legend:
-            figure.legend(handles=legend, loc="outside lower left", ncols=len(legend), fontsize=8.5)
+            figure.legend(handles=legend, loc="outside lower left", ncols=min(len(legend), 6), fontsize=8.5)
         sns.despine(fig=figure)
         figure.savefig(path)
     return True
@@ -112,7 +112,9 @@ def _mark(filled: bool, text: str, marker: str = "o") -> Line2D:
     return Line2D([], [], linestyle="", marker=marker, color=panels.GREY, markerfacecolor=face, label=text)
 
 
-def _legends() -> dict[str, list[Line2D]]:
+def _legends(arms: pl.Series) -> dict[str, list[Line2D]]:
+    shown = looks(arms)
+    lines = [Line2D([], [], label=arm, **panels.pen(shown[arm])) for arm in sorted(shown, key=family_order)]
     line = Line2D([], [], color=panels.GREY, linewidth=1.2, label="from the 25 % to the 75 % quantile")
     chance = Line2D([], [], color=panels.GREY, linestyle=(0, (1, 2)), label="chance")
     return {
@@ -122,8 +124,8 @@ def _legends() -> dict[str, list[Line2D]]:
             _mark(False, "where it stays"),
             Line2D([], [], color="#d9d2bd", linewidth=7, label=f"below {NEAR_MINUS_ONE}: flips"),
         ],
-        "retention": [_mark(True, "one head of one run")],
-        "state": [Line2D([], [], color="#d9d2bd", linewidth=7, label="trained lengths")],
+        "retention": [*lines, _mark(True, "one head of one run")],
+        "state": [*lines, Line2D([], [], color="#d9d2bd", linewidth=7, label="trained lengths")],
         "edit": [_mark(True, "one head of one run, mean over writes")],
         "decodability": [
             _mark(True, "longest length"),

@@ -172,31 +172,31 @@ def age_panel(tables: Tables) -> Panel:
             return False
         for arm in arms:
             mine = frame.filter(pl.col("arm") == arm, pl.col("weight") > 0)
-            _line(axis, arm, pens[arm], 2.0 ** mine["octave"].to_numpy(), mine["weight"].to_numpy())
+            _line(axis, pens[arm], 2.0 ** mine["octave"].to_numpy(), mine["weight"].to_numpy())
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         low = frame.filter(pl.col("weight") > 0)["weight"].min()
         axis.set_ylim(bottom=max(1e-6, 0.5 * float(low or 1e-6)))  # type: ignore[arg-type]
-        axis.legend(fontsize=7, loc="lower left", handlelength=2.2, labelspacing=0.25)
         return True
 
     return panel
 
 
-def _line(axis: Axes, arm: str, look: Look, x: np.ndarray, y: np.ndarray) -> None:
+def pen(look: Look) -> dict[str, Any]:
+    """How a line of an architecture is drawn."""
     colour, marker, dashed = look
-    axis.plot(
-        x,
-        y,
-        color=colour,
-        linestyle=(0, (4, 1.6)) if dashed else "-",
-        linewidth=1.5,
-        marker=marker,
-        markersize=4,
-        markevery=max(1, len(x) // 6),
-        markerfacecolor="white" if dashed else colour,
-        label=arm,
-    )
+    return {
+        "color": colour,
+        "linestyle": (0, (4, 1.6)) if dashed else "-",
+        "linewidth": 1.5,
+        "marker": marker,
+        "markersize": 4,
+        "markerfacecolor": "white" if dashed else colour,
+    }
+
+
+def _line(axis: Axes, look: Look, x: np.ndarray, y: np.ndarray) -> None:
+    axis.plot(x, y, markevery=max(1, len(x) // 6), **pen(look))
 
 
 def token_panel(tables: Tables, quantity: str) -> Panel:
@@ -218,12 +218,11 @@ def token_panel(tables: Tables, quantity: str) -> Panel:
         for arm in arms:
             mine = frame.filter(arm=arm)
             if not mine.is_empty():
-                _line(axis, arm, pens[arm], mine["token"].to_numpy() + 1, mine["value"].to_numpy())
+                _line(axis, pens[arm], mine["token"].to_numpy() + 1, mine["value"].to_numpy())
         axis.set_xscale("log", base=2)
         if quantity == "state_frobenius":
             axis.set_yscale("log")
         axis.set_xlabel("token", fontsize=8.5)
-        axis.legend(fontsize=7, loc="best", handlelength=2.2, labelspacing=0.25)
         return True
 
     return panel

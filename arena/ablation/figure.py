@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,11 @@ _STYLE = {
     "axes.grid": False,
     "svg.hashsalt": "arena",
 }
+
+_CAPTION = (
+    "left: chance-scaled accuracy, mean over the seeds, by test length; right: its change at the longest "
+    "length, over the pairs of points that differ on that axis alone; * a claim, others none"
+)
 
 
 def ablation_figure(
@@ -60,8 +66,7 @@ def ablation_figure(
         else:
             right.set_visible(False)
         figure.supxlabel(
-            "left: chance-scaled accuracy, mean over the seeds, by test length; right: its change at the "
-            "longest length, over the pairs of points that differ on that axis alone; * a claim, others none",
+            textwrap.fill(_CAPTION, int(14 * (sum(widths) + 1.0))),
             x=0.01,
             ha="left",
             fontsize=8,

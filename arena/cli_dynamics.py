@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,8 @@ def dynamics(
     from arena.dynamics.page import make_page
     from arena.dynamics.study import Choice, study
 
+    if out is not None and (not out.strip() or Path(out).is_file()):
+        cli.wrong(f"--out is a folder, not {out!r}")
     lengths = cli.names("--length", length)
     if not all(word.isdigit() and int(word) > 0 for word in lengths):
         cli.wrong(f"--length is numbers with commas between, not {length!r}")
@@ -42,7 +45,11 @@ def dynamics(
         interventions=intervene or ["standard"],
     )
     folder = Path(out) if out is not None else directory / "dynamics"
-    tables = study(directory, folder, choice, on_line=print)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        tables = study(directory, folder, choice, on_line=print)
+    for line in dict.fromkeys(str(entry.message) for entry in caught if entry.category is UserWarning):
+        cli.complain(line)
     written = make_page(tables, directory, folder)
     print("written: " + ", ".join(str(path) for path in written))
     return cli.OK

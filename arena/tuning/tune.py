@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from optuna.storages import BaseStorage
 
 from arena.grid.driver import GridReport, Pending, gpu_count, train_here
 from arena.grid.engine import Event, Work
@@ -90,6 +91,7 @@ def tune(
     experiment = experiment.model_copy(update={"tuning": section})
     say = on_line or (lambda line: None)
     space = check(experiment, section, device)
+    opened = open_storage(storage, Path()) if storage is not None else None  # refused before anything is made
     with Store(directory, shared=True) as store:
         folder = store.directory / "tuning"
         folder.mkdir(exist_ok=True)
@@ -108,7 +110,7 @@ def tune(
             store=store,
             folder=folder,
             name=name,
-            storage=storage,
+            storage=opened if opened is not None else open_storage(None, folder),
             report=report,
             say=say,
             solved=solved,
@@ -157,7 +159,7 @@ class _Tuner:
     folder: Path
     name: str
     """Of the folder: no other has it."""
-    storage: str | None
+    storage: BaseStorage
     report: TuneReport
     say: Callable[[str], None]
     solved: list[Solution]
@@ -166,8 +168,7 @@ class _Tuner:
 
     def __post_init__(self) -> None:
         self.request = to_toml(self.experiment.model_dump(exclude_none=True))
-        opened = open_storage(self.storage, self.folder)
-        self.desks = [Desk(opened, setting, self.space, self.name) for setting in self.settings]
+        self.desks = [Desk(self.storage, setting, self.space, self.name) for setting in self.settings]
         self.metric, _ = self.section.metric_parts()
         self.lengths = {desk.name: metric_lengths(desk.setting, self.section) for desk in self.desks}
         self._own: dict[tuple[str, str], dict[str, Setting]] = {}
@@ -243,7 +244,9 @@ class _Tuner:
 
     def _train(self, crew: Crew, runs: Sequence[Run], trials: Trials) -> None:
         self.runs |= {run.id: run for run in runs}
-        self.store.record_request(self.experiment.name, self.request, list(self.runs.values()))
+        # a request that is complete keeps the plan that it had: this one may still lack later stages
+        if not all((self.store.runs / run.id).is_dir() for run in runs):
+            self.store.record_request(self.experiment.name, self.request, list(self.runs.values()))
         if not crew.train(runs, trials):
             raise _Stopped
 

@@ -13,6 +13,7 @@ import sys
 import time
 from unittest import mock
 
+import optuna
 import polars as pl
 
 from arena.grid import parse_experiment
@@ -40,6 +41,22 @@ SMALL = {
         "space": {"lr": [1e-3, 1e-1], "weight_decay": [0.0, 0.3]},
     },
 }
+
+
+STUDIES = 6  # three architectures, two tasks
+
+
+def studies(folder=None, url=None):
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = url or JournalStorage(JournalFileBackend(str(folder / "tuning" / "journal.log")))
+    names = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
+    return [optuna.load_study(study_name=name, storage=storage) for name in sorted(names)]
+
+
+def complete(study):
+    return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
 
 
 def experiment(tuning=None, **changes):

@@ -78,8 +78,12 @@ EFFECT_COLUMNS: dict[str, tuple[Any, str]] = {
     "baseline": (pl.Float64, "accuracy of the same model on the same sequences without intervention"),
     "chance": (pl.Float64, "accuracy of an uninformed guess"),
     "effect": (pl.Float64, "accuracy less baseline, paired over sequences"),
-    "low": (pl.Float64, "95 % interval of the effect over sequences; null below 10 sequences"),
-    "high": (pl.Float64, "95 % interval of the effect over sequences; null below 10 sequences"),
+    "low": (
+        pl.Float64,
+        "95 % interval of the effect over sequences: percentile bootstrap, or a bound for rare changes where "
+        "fewer than 10 sequences differ; null below 10 sequences",
+    ),
+    "high": (pl.Float64, "upper end of it"),
     "worst": (pl.Float64, "of control heads: the effect of the set with the largest drop"),
     "n_sequences": (pl.Int64, "sequences, the units of the intervals"),
 }
@@ -121,16 +125,18 @@ def mean_interval(
 ) -> tuple[float, float] | None:
     """Interval of the mean of values in [least, 1] over independent units; None below 10 units.
 
-    The percentile bootstrap over units. Where all units agree it has no width, which would claim too much:
-    then the mean of others can differ from the common value c by no more than the Clopper-Pearson bound on
-    the share of units that differ, times the largest difference there can be.
+    The percentile bootstrap over units, where at least 10 of them differ from the most common value c. With
+    fewer it would claim too much (nothing at all where none differs), for what is rare may be large: then the
+    mean differs from c by no more than the Clopper-Pearson bound on the share of units that differ, times the
+    largest difference there can be.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) < MIN_UNITS:
         return None
-    if np.ptp(values) == 0:
-        share = clopper_pearson(0, len(values), level)[1]
-        common = float(values[0])
+    found, counts = np.unique(values, return_counts=True)
+    common, differing = float(found[counts.argmax()]), len(values) - int(counts.max())
+    if differing < MIN_UNITS:
+        share = clopper_pearson(differing, len(values), level)[1]
         return common - share * (common - least), common + share * (1 - common)
     means = _draws(len(values), seed) @ values
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

@@ -149,5 +149,9 @@ def test_interval_of_a_mean():
     assert effects.mean_interval(np.zeros(9), least=0) is None
     low, high = effects.mean_interval(np.zeros(100), least=-1)
     assert high == -low == pytest.approx(1 - 0.025 ** (1 / 100))  # none of 100 differed
+    one = np.zeros(100)
+    one[3] = -0.01
+    low, high = effects.mean_interval(one, least=-1)  # one differed, by little; another might by all
+    assert high == -low == pytest.approx(0.0545, abs=1e-4)  # Clopper-Pearson for 1 of 100
     low, high = effects.mean_interval(np.ones(100), least=0)
     assert high == 1 and 0.96 < low < 0.97

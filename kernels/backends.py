@@ -68,11 +68,22 @@ class Choice:
 
 
 CPU_EVIDENCE = "README, Speed on a CPU"
+H100 = (9, 0)
 CHOICES = (
     Choice(operator="gated_memory", device="cpu", backends=("chunked",), evidence=CPU_EVIDENCE),
     Choice(operator="slstm", device="cpu", backends=("numba", "fused"), evidence=CPU_EVIDENCE),
+    Choice(
+        operator="gated_memory",
+        device="cuda",
+        capability=H100,
+        backends=("triton",),
+        dtypes=(torch.float32, torch.bfloat16),
+        widest=128,
+        evidence="experiments/benchmarks/operators_h100.json",
+    ),
 )
-"""Measured choices. What no line fits runs the operator's own torch path."""
+"""Measured choices. What no line fits runs the operator's own torch path. A GPU kernel gets a line where its
+check has passed on that GPU (outputs and every gradient) and the measurement says that it is faster."""
 
 
 def override() -> dict[str, str]:

@@ -28,7 +28,7 @@ from arena.tuning.study import Desk
 
 BEAT = 10.0
 """Seconds between two signs of life of a process in a shared database."""
-GRACE = 60.0
+GRACE = 180.0
 """Seconds without one after which its trials are taken over."""
 POLL = 1.0
 """Seconds between two looks at what other processes do."""
@@ -85,6 +85,7 @@ class Crew:
         report: GridReport,
         score: Callable[[Desk, Sequence[pl.DataFrame]], tuple[float, dict]],
         shows_life: bool,
+        say: Callable[[str], None],
         on_start: Callable[[Pending], None] | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
@@ -101,6 +102,7 @@ class Crew:
             report: counts and failures are kept there.
             score: study and the rows of a point's runs -> the trial's score and its notes.
             shows_life: whether processes with other folders may be at work in the same studies.
+            say: called with a line when there is nothing left but to wait for other processes.
             on_start: called before each list, with what is missing.
             on_event: called for everything that happens to a fleet.
         """
@@ -112,7 +114,7 @@ class Crew:
             work,
         )
         self.report, self.score, self.shows_life = report, score, shows_life
-        self.on_start, self.on_event = on_start, on_event
+        self.say, self.on_start, self.on_event = say, on_start, on_event
         self.claims = Claims(folder / "claims")
         self.folder = name
         self.owner = {"host": os.uname().nodename, "process": os.getpid(), "folder": self.folder}
@@ -159,10 +161,14 @@ class Crew:
     def _work_off(self, fleets: Sequence[Fleet], trials: Trials, workers: int, threads: int) -> None:
         queue: deque[Fleet] = deque()
         died: set[str] = set()
+        waited = False
         while any(self._open(fleet) for fleet in fleets):
             self._fill(queue, fleets, trials, workers)
             if not queue:
-                time.sleep(POLL)  # what is missing is being trained by others
+                if not waited and any(self._open(fleet) for fleet in fleets):
+                    self.say("what is missing is being trained by other processes: waiting for them")
+                waited = True
+                time.sleep(POLL)
                 continue
             events = run_local(queue, self.work, workers=workers, threads=threads, gpus=self.gpus)
             try:

@@ -126,6 +126,7 @@ def tune(
             report=report,
             score=tuner.score,
             shows_life=storage is not None,
+            say=say,
             on_start=on_start,
             on_event=on_event,
         )

@@ -88,15 +88,21 @@ def launch_of(x: Tensor, ranks: int, backward: bool) -> Launch:
     """
     G, B, T, D = x.shape
     wide = x.element_size() == 2
+    run = 1024
     if ranks > 0:
-        channels, time, warps = (64, 64, 4) if wide else (32, 32, 2)
-        if D <= 32 or (backward and ranks > 256):  # what is summed up on chip does not fit for more
-            channels = 32
+        channels, time, warps = (32, 64, 4) if wide else (32, 32, 2)
+        if backward:
+            run = 2048
+        elif wide and D > 32:
+            channels = 64
+    elif wide:
+        channels, time, warps = (64, 16, 2) if backward else (128, 16, 4)
+        run = 256
     else:
-        channels, time, warps = (64 if wide else 32), (64 if backward and wide else 32), 4
+        channels, time, warps = 32, 32, 4
+    if ranks == 0:
         channels = min(channels, max(16, triton.next_power_of_2(D)))
-        time = min(time, max(16, triton.next_power_of_2(T)))
-    run, tiles = 1024, triton.cdiv(D, channels)
+    tiles = triton.cdiv(D, channels)
     while run > time and G * B * triton.cdiv(T, run) * tiles < ENOUGH:
         run //= 2
     return Launch(time_block=time, channels=channels, run=run, warps=warps)

@@ -181,26 +181,20 @@ def forward_kernel(
             start = channel + s * SLICE
             made = load_taps(u_ptr, weight_ptr, g, start, j + 0 * c, c, D, W, R, BR, HAS_WEIGHT)
             weights = weights + (made,)
-    # a tile of tokens is on its way while the one before it is computed; only lag 0, the others find it in L1
-    row = n * T + first
-    z = load_ranks(z_ptr + row * R, token, token < stop - first, R, BR, HAS_WEIGHT)
-    tiles = load_slices(x_ptr + row * D, r, r < stop - first, channel, D, SLICES, EVEN)
     for t in range(first, stop, BT):
         row = n * T + t
         left = stop - t
         pos, home = locate(pos_ptr, seq_ptr, row + r, t + r, n, g, r < left, S, W, PACKED)
-        ahead = row + BT
-        next_tiles = load_slices(x_ptr + ahead * D, r, r < left - BT, channel, D, SLICES, EVEN)
-        next_z = load_ranks(z_ptr + ahead * R, token, token < left - BT, R, BR, HAS_WEIGHT)
+        z = load_ranks(z_ptr + row * R, token, token < left, R, BR, HAS_WEIGHT)
         for s in tl.static_range(SLICES):
             start = channel + s * SLICE
             d, in_d = channels_left(start, D, EVEN)
             here = row * D + start
-            xs = (tiles[s],)
-            for j in tl.static_range(1, W):
+            xs = ()
+            for j in tl.static_range(W):  # all on their way before the first is used
                 x = load_lag(x_ptr + here, state_ptr + start, home, r, left, pos, j, d, in_d, D, W, HAS_STATE)
                 xs = xs + (x,)
-            now = tiles[s].to(tl.float32)
+            now = xs[0].to(tl.float32)
             y = now * from_product(multiply(z, weights[s * W], HALF, PRECISION), BT, WARPS)
             for j in tl.static_range(1, W):
                 taps = from_product(multiply(z, weights[s * W + j], HALF, PRECISION), BT, WARPS)
@@ -208,8 +202,6 @@ def forward_kernel(
             where = r[:, None] * D + d[None, :]
             mask = (r < left)[:, None] & in_d[None, :]
             finish(y, now, y_ptr + here, before_ptr + here, where, mask, SILU, RESIDUAL, STORE)
-        tiles = next_tiles
-        z = next_z
 
 
 @triton.jit(do_not_specialize=["T", "run", "B", "S"])

@@ -102,20 +102,29 @@ def run_forward(
 
 
 def run_backward(
-    saved: Tensor, weight: Tensor, means: Tensor, dh: Tensor, u: Tensor, l: Tensor, inject: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    saved: Tensor,
+    weight: Tensor,
+    means: Tensor,
+    h: Tensor,
+    dh: Tensor,
+    u: Tensor,
+    l: Tensor,
+    inject: Tensor | None,
+) -> tuple[Tensor, ...]:
     """The adjoint loop: local derivatives of all tokens first, then what has to be sequential.
 
     Args:
         saved: [T,4,H,B,K], what :func:`run_forward` left in ``raw``.
         weight: [4*H,K,K].
         means: [T+1,H,B,K].
+        h: [H,B,K], the output before the first token.
         dh: [T,H,B,K], gradient of the outputs.
         u, l: [H,B,K], gradients of the last y and log_n.
         inject: [T,2,H,B,K], what the gradient of the last m adds to those of i and f, or None.
 
     Returns:
-        Gradients of the pre-activations [T,4,H,B,K] and of the initial h, y and log_n [H,B,K].
+        Gradients of the pre-activations [T,4,H,B,K], of the weight, and of the initial h, y and log_n
+        [H,B,K].
     """
     a, f, z, o = saved.unbind(1)
     T = len(a)
@@ -149,7 +158,16 @@ def run_backward(
         if inject is not None:
             d_raw[t, :2].add_(inject[t])
     torch.bmm(lists[-1][0], transposed, out=back_flat)
-    return d_raw, back.sum(0), u, l
+    d_weight = _weight_gradient(_outputs_before(saved, means, h).transpose(0, 1), d_raw)
+    return d_raw, d_weight.flatten(0, 1), back.sum(0), u, l
+
+
+def _outputs_before(saved: Tensor, means: Tensor, h: Tensor) -> Tensor:
+    """h_{t-1} [T,H,B,K] of every token, from what :func:`run_forward` left."""
+    before = torch.empty_like(means[1:])
+    before[0] = h
+    torch.mul(saved[:-1, 3], means[1:-1], out=before[1:])
+    return before
 
 
 def _stabiliser_gradient(i: Tensor, f: Tensor, dm: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,14 +207,12 @@ class _SLSTM(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[4:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:6], output[0], *output[4:])
+        ctx.save_for_backward(inputs[0], inputs[1], inputs[2], inputs[5], *output[4:])
         ctx.compiled = inputs[6]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        gates, recurrent, h, _, _, m, out, raw, means = ctx.saved_tensors
-        inputs = (gates, recurrent, h, m, out, raw, means)
-        return *_SLSTMGradient.apply(*grads[:4], *inputs, ctx.compiled), None
+        return *_SLSTMGradient.apply(*grads[:4], *ctx.saved_tensors, ctx.compiled), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -218,34 +234,32 @@ class _SLSTMGradient(torch.autograd.Function):
         recurrent: Tensor,
         h: Tensor,
         m: Tensor,
-        out: Tensor,
         raw: Tensor,
         means: Tensor,
         compiled: bool,
     ) -> tuple[Tensor, ...]:
-        G, B, T, _, H, K = gates.shape
+        G, H = gates.shape[0], gates.shape[4]
         saved, means = raw.movedim(0, 2).flatten(2, 3), means.movedim(0, 1).flatten(1, 2)
-        before = out.new_empty(G, H, T, B, K)  # h_{t-1}
-        before[:, :, 0] = h.transpose(1, 2)
-        before[:, :, 1:] = out[:, :, :-1].permute(0, 3, 2, 1, 4)
+        h0 = h.transpose(1, 2).flatten(0, 1)
         u, l, dm = (
             torch.zeros_like(means[0]) if x is None else x.transpose(1, 2).flatten(0, 1)
             for x in (d_y, d_log_n, d_m)
         )
-        dh = out.new_zeros(T, G * H, B, K) if d_out is None else _tokens_first(d_out)
+        dh = torch.zeros_like(means[1:]) if d_out is None else _tokens_first(d_out)
         inject, d_m0 = None, None
         if d_m is not None:
-            i = gates.select(3, 0).permute(0, 3, 2, 1, 4) + before @ recurrent[:, 0, :, None]
-            i = i.permute(2, 0, 1, 3, 4).flatten(1, 2)
+            reads = _outputs_before(saved, means, h0) @ recurrent[:, 0].flatten(0, 1)
+            i = _tokens_first(gates.select(3, 0)) + reads
             inject, d_m0 = _stabiliser_gradient(i, saved[:, 1], dm, m.transpose(1, 2).flatten(0, 1))
-        d_raw, d_h, u, l = _loops(compiled)[1](saved, _heads_first(recurrent), means, dh, u, l, inject)
-        d_recurrent = _weight_gradient(before.flatten(0, 1), d_raw)
+        d_raw, d_recurrent, d_h, u, l = _loops(compiled)[1](
+            saved, _heads_first(recurrent), means, h0, dh, u, l, inject
+        )
         d_gates = d_raw.unflatten(2, (G, H)).permute(2, 4, 0, 1, 3, 5)
         starts = (
             torch.zeros_like(h) if x is None else x.unflatten(0, (G, H)).transpose(1, 2)
             for x in (d_h, u, l, d_m0)
         )
-        return d_gates, d_recurrent.unflatten(1, (G, H)).movedim(1, 0), *starts
+        return d_gates, d_recurrent.unflatten(0, (4, G, H)).movedim(1, 0), *starts
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -258,8 +272,8 @@ class _SLSTMGradient(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         """Fold the mapped axis into G."""
-        folded = fold(info.batch_size, in_dims[:11], args[:11])
-        return unfold(info.batch_size, _SLSTMGradient.apply(*folded, args[11]))
+        folded = fold(info.batch_size, in_dims[:10], args[:10])
+        return unfold(info.batch_size, _SLSTMGradient.apply(*folded, args[10]))
 
 
 def _loops(compiled: bool) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, ...]]]:

@@ -130,12 +130,33 @@ def run_forward(
     return scale[0], scale[1]
 
 
+@numba.jit(**_STRICT)
+def _output_before(t, saved, means, h4):  # type: ignore[no-untyped-def]
+    """The output of token t - 1, t > 0, once for each gate, to h4 [4,N]."""
+    for j in range(saved.shape[2]):
+        h = saved[t - 1, 3, j] * means[t, j]
+        h4[0, j] = h
+        h4[1, j] = h
+        h4[2, j] = h
+        h4[3, j] = h
+
+
 def run_backward(
-    saved: Tensor, weight: Tensor, means: Tensor, dh: Tensor, u: Tensor, l: Tensor, inject: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`kernels.slstm.fused.run_backward`."""
+    saved: Tensor,
+    weight: Tensor,
+    means: Tensor,
+    h: Tensor,
+    dh: Tensor,
+    u: Tensor,
+    l: Tensor,
+    inject: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """See :func:`kernels.slstm.fused.run_backward`; R's gradient while its factors are hot."""
     d_raw, back, carry = torch.empty_like(saved), torch.zeros_like(saved[0]), torch.stack([u, l])
     d_flat, back_flat, transposed = d_raw.flatten(1, 2).unbind(0), back.flatten(0, 1), weight.transpose(1, 2)
+    d_weight, h4 = torch.zeros_like(weight), torch.empty_like(back)
+    h4_transposed = h4.flatten(0, 1).transpose(1, 2)
+    before = saved.flatten(2).numpy(), means.flatten(1).numpy(), h4.flatten(1).numpy()
     tensors = (
         saved.flatten(2),
         means.flatten(1),
@@ -150,4 +171,9 @@ def run_backward(
         if inject is not None:
             d_raw[t, :2].add_(inject[t])
         torch.bmm(d_flat[t], transposed, out=back_flat)
-    return d_raw, back.sum(0), carry[0], carry[1]
+        if t > 0:
+            _output_before(t, *before)
+        else:
+            h4.copy_(h)
+        d_weight.baddbmm_(h4_transposed, d_flat[t])
+    return d_raw, d_weight, back.sum(0), carry[0], carry[1]

@@ -53,8 +53,8 @@ class Launch:
     """Operands of the products with R; see ``triton_products.py``."""
 
 
-def launch_of(gates: Tensor) -> Launch:
-    """The settings for gates [G,B,T,4,H,K]."""
+def launch_of(gates: Tensor, backward: bool) -> Launch:
+    """The settings for gates [G,B,T,4,H,K]: from a sweep on an H100 (``kernels.gpu_bench_conv``)."""
     K = gates.shape[-1]
     if not gates.is_cuda or torch.version.hip is not None:
         precision = "ieee"
@@ -62,7 +62,7 @@ def launch_of(gates: Tensor) -> Launch:
         precision = "split"
     else:
         precision = "half" if K > 64 else "tf32"
-    warps = {16: 1, 32: 4, 64: 8}.get(block_of(K), 16)
+    warps = {16: 1, 32: 4, 64: 8}.get(block_of(K), 8 if backward else 16)
     return Launch(batch_block=16, warps=warps, resident=K <= 64 or precision == "half", precision=precision)
 
 
@@ -85,7 +85,7 @@ class SLSTM(torch.autograd.Function):
         end = [torch.empty_like(x) for x in start]
         won = torch.empty(G, B, H, K if keep else 0, dtype=torch.int32, device=gates.device)
         saved = torch.empty(G, B, T, 5, H, K if keep else 0, dtype=torch.float32, device=gates.device)
-        launch = launch_of(gates)
+        launch = launch_of(gates, False)
         with device_of(gates):
             forward_kernel[(G * H, triton.cdiv(B, launch.batch_block))](
                 gates, recurrent, *start, out, *end, won, saved, B, T, STORE=keep, **constants(H, K, launch)
@@ -139,7 +139,7 @@ class SLSTMGradient(torch.autograd.Function):
         d_gates = torch.empty(G, B, T, 4, H, K, dtype=out.dtype, device=out.device)
         d_start = [torch.empty_like(h, memory_format=torch.contiguous_format) for _ in range(3)]
         dm = torch.zeros_like(d_start[0]) if dm_end is None else torch.empty_like(d_start[0])
-        launch = launch_of(d_gates)
+        launch = launch_of(d_gates, True)
         upstream = d_gates if d_out is None else d_out
         with device_of(out):
             backward_kernel[(G * H, triton.cdiv(B, launch.batch_block))](
@@ -165,14 +165,22 @@ class SLSTMGradient(torch.autograd.Function):
 
 
 def weight_gradient(h: Tensor, out: Tensor, d_gates: Tensor) -> Tensor:
-    """The gradient of R, sum_t h_{t-1} x d_gates_t [G,4,H,K,K] in fp32: one product of matrices a head."""
+    """The gradient of R, sum_t h_{t-1} x d_gates_t, [G,4,H,K,K] in fp32.
+
+    A product of matrices for each head and part of the batch, then their sum: one product a head would be as
+    long as the batch and as small as the head, too little for a GPU.
+    """
     G, B, T, H, K = out.shape
     before = torch.empty(G, H, B, T, K, dtype=torch.float32, device=out.device)
     before[:, :, :, 0] = h.transpose(1, 2)
     before[:, :, :, 1:] = out[:, :, :-1].permute(0, 3, 1, 2, 4)
-    d_bht4k = d_gates.permute(0, 4, 1, 2, 3, 5).to(torch.float32).reshape(G * H, B * T, 4 * K)
-    d_recurrent = before.view(G * H, B * T, K).transpose(1, 2) @ d_bht4k
-    return d_recurrent.view(G, H, K, 4, K).permute(0, 3, 1, 2, 4).contiguous()
+    d_bht4k = d_gates.permute(0, 4, 1, 2, 3, 5).to(torch.float32)
+    parts = B
+    while parts % 2 == 0 and G * H * parts * K * K > 2**22:
+        parts //= 2
+    left = before.view(G * H * parts, -1, K).transpose(1, 2)
+    products = left @ d_bht4k.reshape(G * H * parts, -1, 4 * K)
+    return products.view(G, H, parts, K, 4, K).sum(2).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def constants(H: int, K: int, launch: Launch) -> dict[str, Any]:

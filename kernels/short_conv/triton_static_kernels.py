@@ -18,6 +18,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.short_conv.triton_tiles import sigmoid
+
+
+@triton.jit
+def part_of(T, run, D: tl.constexpr, BD: tl.constexpr):
+    """What a program owns: its part n * runs + run, the row n, the first token and the one after the last.
+
+    Tiles of channels that are neighbours in memory run at the same time.
+    """
+    tiles: tl.constexpr = (D + BD - 1) // BD
+    runs = tl.cdiv(T, run)
+    part = tl.program_id(0) // tiles
+    first = (part % runs) * run
+    return part, (part // runs).to(tl.int64), first, tl.minimum(first + run, T)
+
+
+@triton.jit
+def channels_of(D: tl.constexpr, BD: tl.constexpr):
+    """The channels of a program and whether they exist."""
+    tiles: tl.constexpr = (D + BD - 1) // BD
+    d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
+    return d, d < D
+
+
+@triton.jit
+def locate(pos_ptr, seq_ptr, row, t, n, g, S, W: tl.constexpr, PACKED: tl.constexpr):
+    """Place of the token ``row`` (number t of row n) in its sequence, and the first row of its state."""
+    if PACKED:
+        pos = tl.load(pos_ptr + row)
+        home = (g * S + tl.load(seq_ptr + row)) * (W - 1)
+    else:
+        pos = t
+        home = n * (W - 1)
+    return pos, home
+
 
 @triton.jit
 def load_weights(weight_ptr, g, d, in_d, D: tl.constexpr, W: tl.constexpr):
@@ -90,13 +125,6 @@ def shift(x, window, W: tl.constexpr):
     return moved
 
 
-@triton.jit
-def sigmoid(x):
-    """Logistic function without overflow."""
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x > 0, 1.0, e) / (1.0 + e)
-
-
 @triton.jit(do_not_specialize=["T", "run", "B", "S"])
 def forward_kernel(
     x_ptr,  # [N, T, D]
@@ -121,26 +149,15 @@ def forward_kernel(
     RESIDUAL: tl.constexpr,
 ):
     """Make y = [x +] act(sum_j w_j x_{t-j} + bias)."""
-    runs = tl.cdiv(T, run)
-    tiles: tl.constexpr = (D + BD - 1) // BD
-    part = tl.program_id(0) // tiles  # n * runs + run; neighbours in memory run at the same time
-    n = (part // runs).to(tl.int64)
-    first = (part % runs) * run
-    end = tl.minimum(first + run, T)
+    _, n, first, end = part_of(T, run, D, BD)
     g = n // B
-    d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
-    in_d = d < D
+    d, in_d = channels_of(D, BD)
     weights = load_weights(weight_ptr, g, d, in_d, D, W)
     offset = tl.zeros((BD,), tl.float32)
     if HAS_BIAS:
         offset += tl.load(bias_ptr + g * D + d, mask=in_d, other=0.0).to(tl.float32)
     row = n * T + first
-    if PACKED:
-        pos = tl.load(pos_ptr + row)
-        home = (g * S + tl.load(seq_ptr + row)) * (W - 1)
-    else:
-        pos = first
-        home = n * (W - 1)
+    pos, home = locate(pos_ptr, seq_ptr, row, first, n, g, S, W, PACKED)
     window = load_window(x_ptr + row * D, state_ptr, home, pos, d, in_d, D, W, HAS_STATE)
     for t in range(first, end, AHEAD):
         row = n * T + t
@@ -149,8 +166,7 @@ def forward_kernel(
             x = rows[i].to(tl.float32)
             if PACKED:
                 token = tl.minimum(row + i, n * T + T - 1)
-                pos = tl.load(pos_ptr + token)
-                home = (g * S + tl.load(seq_ptr + token)) * (W - 1)
+                pos, home = locate(pos_ptr, seq_ptr, token, first, n, g, S, W, PACKED)
                 window = restart(window, state_ptr, home, pos, d, in_d, D, W, HAS_STATE)
             y = convolve(x, window, weights, offset, W)
             if SILU:
@@ -189,27 +205,16 @@ def backward_kernel(
     RESIDUAL: tl.constexpr,
 ):
     """All gradients but the state's; the convolution itself is made again where the activation needs it."""
-    runs = tl.cdiv(T, run)
-    tiles: tl.constexpr = (D + BD - 1) // BD
-    part = tl.program_id(0) // tiles  # n * runs + run; neighbours in memory run at the same time
-    n = (part // runs).to(tl.int64)
-    first = (part % runs) * run
-    end = tl.minimum(first + run, T)
+    part, n, first, end = part_of(T, run, D, BD)
     reach = tl.minimum(first + run + W - 1, T)
     g = n // B
-    d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
-    in_d = d < D
+    d, in_d = channels_of(D, BD)
     weights = load_weights(weight_ptr, g, d, in_d, D, W)
     offset = tl.zeros((BD,), tl.float32)
     if HAS_BIAS and SILU:
         offset += tl.load(bias_ptr + g * D + d, mask=in_d, other=0.0).to(tl.float32)
     row = n * T + first
-    if PACKED:
-        pos = tl.load(pos_ptr + row)
-        home = (g * S + tl.load(seq_ptr + row)) * (W - 1)
-    else:
-        pos = first
-        home = n * (W - 1)
+    pos, home = locate(pos_ptr, seq_ptr, row, first, n, g, S, W, PACKED)
     window = load_window(x_ptr + row * D, state_ptr, home, pos, d, in_d, D, W, HAS_STATE)
     pending = ()  # dx of the rows 1 .. W-1 tokens back, as far as it is known
     sums = ()
@@ -227,8 +232,7 @@ def backward_kernel(
             dy = upstream[i].to(tl.float32)
             if PACKED:
                 token = tl.minimum(row + i, n * T + T - 1)
-                pos = tl.load(pos_ptr + token)
-                home = (g * S + tl.load(seq_ptr + token)) * (W - 1)
+                pos, home = locate(pos_ptr, seq_ptr, token, first, n, g, S, W, PACKED)
                 window = restart(window, state_ptr, home, pos, d, in_d, D, W, HAS_STATE)
             dc = dy
             if SILU:

@@ -52,6 +52,42 @@ def load_weight(pointer, where, inside, HALF: tl.constexpr, PRECISION: tl.conste
     return operand(tl.load(pointer + where, mask=inside, other=0.0).to(tl.float32), HALF, PRECISION)
 
 
+@triton.jit
+def load_weights(pointer, stride, where, inside, HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """R's parts for i, f, z, o, ``stride`` apart, each as a prepared factor of two."""
+    wi, wi_low = load_weight(pointer, where, inside, HALF, PRECISION)
+    wf, wf_low = load_weight(pointer + stride, where, inside, HALF, PRECISION)
+    wz, wz_low = load_weight(pointer + 2 * stride, where, inside, HALF, PRECISION)
+    wo, wo_low = load_weight(pointer + 3 * stride, where, inside, HALF, PRECISION)
+    return wi, wi_low, wf, wf_low, wz, wz_low, wo, wo_low
+
+
+@triton.jit
+def load_four(pointer, stride, inside):
+    """Four tiles ``stride`` apart in fp32, zeros outside the mask."""
+    a = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(pointer + stride, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(pointer + 2 * stride, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(pointer + 3 * stride, mask=inside, other=0.0).to(tl.float32)
+    return a, b, c, d
+
+
+@triton.jit
+def locate(B, H: tl.constexpr, K: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr):
+    """What a program owns: replica, head, rows of the batch, channels, which of them exist, and where.
+
+    The last two: the row of [G * B], and the cell of [G, B, H, K].
+    """
+    g = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    b = tl.program_id(1) * BB + tl.arange(0, BB)
+    kk = tl.arange(0, BK)
+    inside = (b < B)[:, None] & (kk < K)[None, :]
+    row = g * B + b
+    cell = row[:, None] * (H * K) + head * K + kk[None, :]
+    return g, head, b, kk, inside, row, cell
+
+
 @triton.jit(do_not_specialize=["B", "T"])
 def forward_kernel(
     gates_ptr,  # [G, B, T, 4, H, K]
@@ -79,13 +115,7 @@ def forward_kernel(
 ):
     """Outputs, the last state and what the backward needs."""
     HALF: tl.constexpr = gates_ptr.dtype.element_ty
-    g = (tl.program_id(0) // H).to(tl.int64)
-    head = tl.program_id(0) % H
-    b = tl.program_id(1) * BB + tl.arange(0, BB)
-    kk = tl.arange(0, BK)
-    inside = (b < B)[:, None] & (kk < K)[None, :]
-    row = g * B + b
-    cell = row[:, None] * (H * K) + head * K + kk[None, :]
+    g, head, b, kk, inside, row, cell = locate(B, H, K, BB, BK)
     gate = gates_ptr + row[:, None] * T * (4 * H * K) + head * K + kk[None, :]
     out = out_ptr + row[:, None] * T * (H * K) + head * K + kk[None, :]
     saved = saved_ptr + row[:, None] * T * (5 * H * K) + head * K + kk[None, :]
@@ -93,10 +123,9 @@ def forward_kernel(
     in_square = (kk[:, None] < K) & (kk[None, :] < K)
     weight = recurrent_ptr + (g * 4 * H + head) * K * K
     if RESIDENT:
-        wi, wi_low = load_weight(weight, square, in_square, HALF, PRECISION)
-        wf, wf_low = load_weight(weight + H * K * K, square, in_square, HALF, PRECISION)
-        wz, wz_low = load_weight(weight + 2 * H * K * K, square, in_square, HALF, PRECISION)
-        wo, wo_low = load_weight(weight + 3 * H * K * K, square, in_square, HALF, PRECISION)
+        wi, wi_low, wf, wf_low, wz, wz_low, wo, wo_low = load_weights(
+            weight, H * K * K, square, in_square, HALF, PRECISION
+        )
 
     h = tl.load(h_ptr + cell, mask=inside, other=0.0)
     y = tl.load(y_ptr + cell, mask=inside, other=0.0)
@@ -104,10 +133,7 @@ def forward_kernel(
     m = tl.load(m_ptr + cell, mask=inside, other=0.0)
     won = tl.full((BB, BK), -1, tl.int32)
     # the gates of a token are loaded while the token before it is computed
-    i = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
-    f = tl.load(gate + H * K, mask=inside, other=0.0).to(tl.float32)
-    z = tl.load(gate + 2 * H * K, mask=inside, other=0.0).to(tl.float32)
-    o = tl.load(gate + 3 * H * K, mask=inside, other=0.0).to(tl.float32)
+    i, f, z, o = load_four(gate, H * K, inside)
     for t in range(0, T):
         if RESIDENT:
             x, x_low = operand(h, HALF, PRECISION)
@@ -136,10 +162,7 @@ def forward_kernel(
             tl.debug_barrier()
         gate += 4 * H * K
         ahead = inside & (t + 1 + 0 * b < T)[:, None]
-        next_i = tl.load(gate, mask=ahead, other=0.0).to(tl.float32)
-        next_f = tl.load(gate + H * K, mask=ahead, other=0.0).to(tl.float32)
-        next_z = tl.load(gate + 2 * H * K, mask=ahead, other=0.0).to(tl.float32)
-        next_o = tl.load(gate + 3 * H * K, mask=ahead, other=0.0).to(tl.float32)
+        next_i, next_f, next_z, next_o = load_four(gate, H * K, ahead)
 
         e = tl.exp(-tl.abs(f))
         log_keep = tl.minimum(f, 0.0) - log_of_one_plus(e)
@@ -205,13 +228,7 @@ def backward_kernel(
 ):
     """Gradients of the gates and of the first state; that of R is a product of matrices afterwards."""
     HALF: tl.constexpr = d_gates_ptr.dtype.element_ty
-    g = (tl.program_id(0) // H).to(tl.int64)
-    head = tl.program_id(0) % H
-    b = tl.program_id(1) * BB + tl.arange(0, BB)
-    kk = tl.arange(0, BK)
-    inside = (b < B)[:, None] & (kk < K)[None, :]
-    row = g * B + b
-    cell = row[:, None] * (H * K) + head * K + kk[None, :]
+    g, head, b, kk, inside, row, cell = locate(B, H, K, BB, BK)
     last = row[:, None] * T + T - 1
     saved = saved_ptr + last * (5 * H * K) + head * K + kk[None, :]
     d_gate = d_gates_ptr + last * (4 * H * K) + head * K + kk[None, :]
@@ -220,10 +237,9 @@ def backward_kernel(
     in_square = (kk[:, None] < K) & (kk[None, :] < K)
     weight = recurrent_ptr + (g * 4 * H + head) * K * K
     if RESIDENT:
-        wi, wi_low = load_weight(weight, square, in_square, HALF, PRECISION)
-        wf, wf_low = load_weight(weight + H * K * K, square, in_square, HALF, PRECISION)
-        wz, wz_low = load_weight(weight + 2 * H * K * K, square, in_square, HALF, PRECISION)
-        wo, wo_low = load_weight(weight + 3 * H * K * K, square, in_square, HALF, PRECISION)
+        wi, wi_low, wf, wf_low, wz, wz_low, wo, wo_low = load_weights(
+            weight, H * K * K, square, in_square, HALF, PRECISION
+        )
 
     dh = tl.zeros((BB, BK), tl.float32)
     u = tl.zeros((BB, BK), tl.float32)
@@ -235,10 +251,7 @@ def backward_kernel(
     if HAS_M:
         dm = tl.load(dm_end_ptr + cell, mask=inside, other=0.0)
         won = tl.load(won_ptr + cell, mask=inside, other=-1)
-    a = tl.load(saved, mask=inside, other=0.0)
-    s = tl.load(saved + H * K, mask=inside, other=0.0)
-    z = tl.load(saved + 2 * H * K, mask=inside, other=0.0)
-    o = tl.load(saved + 3 * H * K, mask=inside, other=0.0)
+    a, s, z, o = load_four(saved, H * K, inside)
     y = tl.load(saved + 4 * H * K, mask=inside, other=0.0)
     if HAS_OUT:
         dh += tl.load(d_out, mask=inside, other=0.0).to(tl.float32)
@@ -246,10 +259,7 @@ def backward_kernel(
         t = T - 1 - back
         ahead = inside & (t + 0 * b > 0)[:, None]
         saved -= 5 * H * K
-        next_a = tl.load(saved, mask=ahead, other=0.0)
-        next_s = tl.load(saved + H * K, mask=ahead, other=0.0)
-        next_z = tl.load(saved + 2 * H * K, mask=ahead, other=0.0)
-        next_o = tl.load(saved + 3 * H * K, mask=ahead, other=0.0)
+        next_a, next_s, next_z, next_o = load_four(saved, H * K, ahead)
         next_y = tl.load(saved + 4 * H * K, mask=ahead, other=0.0)
         if HAS_OUT:
             d_out -= H * K

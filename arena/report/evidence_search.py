@@ -147,9 +147,9 @@ def panel_section(rows: pl.DataFrame, metric: str, lengths: list[int], context: 
     windows = window_table(panel)
     context.frames.update({"panel": panel, "window": windows})
     path = context.figure("panel")
-    panel_figure(panel, windows, context.labels, context.styles, path)
-    scaled = window_table(panel_table(rows, "chance_scaled_accuracy"))
-    idle = set(scaled.filter(pl.col("best") < LEARNED).select(INDEX).iter_rows())
+    scaled = window_table(panel_table(rows, "chance_scaled_accuracy")).filter(pl.col("best") < LEARNED)
+    panel_figure(panel, windows.join(scaled, on=INDEX, how="anti"), context.labels, context.styles, path)
+    idle = set(scaled.select(INDEX).iter_rows())
     table = []
     for row in context.ordered(windows):
         nothing = tuple(row[name] for name in INDEX) in idle

@@ -1,10 +1,10 @@
-"""Check and time the gated memory's Triton kernels on this machine's GPU: ``python -m kernels.gpu_check``.
+"""Check and tune the gated memory's Triton kernels on this machine's GPU: ``python -m kernels.gpu_check``.
 
-    check   outputs and every gradient against the float64 reference, over the gate space and its traps
-            (in several processes: most of the time is compilation)
-    bench   forward and forward + backward beside flash-linear-attention, where that is installed
-    sweep   launch settings (chunk, value tile, warps) side by side
-    all     check, then bench
+    check   outputs and every gradient against the float64 reference, over the gate space and its traps,
+            and the ways of calling (in several processes: most of the time is compilation)
+    sweep   the time of every kernel under launch settings side by side
+
+``python -m kernels.bench operators`` times them beside other people's.
 
 Results are printed and, with ``--out FILE``, written as JSON with the GPU's name and the versions.
 """
@@ -12,6 +12,7 @@ Results are printed and, with ``--out FILE``, written as JSON with the GPU's nam
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import platform
@@ -22,7 +23,6 @@ from multiprocessing import get_context
 import torch
 import triton
 from torch import Tensor
-from triton.testing import do_bench
 
 from kernels.gated_memory import triton as ours
 from kernels.gated_memory.reference import gated_memory_reference
@@ -30,8 +30,16 @@ from kernels.gated_memory.reference import gated_memory_reference
 NAMES = ("o", "state", "dq", "dk", "dv", "d_log_decay", "d_erase", "d_write", "d_initial")
 # normwise relative errors allowed: the whole budget in fp32; one rounding of the result and more in 16 bits
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
-SHAPES = ((64, 256, 2, 32, 32), (64, 512, 2, 64, 64), (1024, 256, 2, 32, 32))
-LM_SHAPE = (4, 4096, 16, 128, 128)
+SHAPES = ((64, 256, 2, 32, 32), (64, 512, 2, 64, 64), (1024, 256, 2, 32, 32), (4, 4096, 16, 128, 128))
+CASE = ("use", "shape", "kinds", "dtype", "options")
+KERNELS = (
+    "prepare_kernel",
+    "forward_kernel",
+    "state_backward_kernel",
+    "value_backward_kernel",
+    "key_backward_kernel",
+    "pair_backward_kernel",
+)
 POINTS = {"gdn": (1, 1, 1), "kda": (2, 1, 1), "gdn2": (2, 2, 2)}
 
 
@@ -126,15 +134,23 @@ def cases_of() -> list[tuple]:
         shape = ((2, 70, 2, 32, 32), (1, 33, 3, 20, 40), (2, 16, 1, 64, 16), (1, 1, 2, 16, 64))[i % 4]
         cases.append((shape, kinds, torch.float32, {"sign": i % 2 == 1, "initial": i % 3 > 0, "seed": i}))
     for kinds in ((0, 1, 1), (1, 1, 1), (2, 1, 1), (2, 2, 2)):
-        for width in (16, 32, 64, 128):
+        for width in (16, 64, 128):
             for dtype in (torch.float32, torch.bfloat16):
                 cases.append(((2, 130, 2, width, width), kinds, dtype, {"initial": True}))
         for decay in ("strong", "one", "erasing"):
-            cases.append(((2, 100, 2, 32, 32), kinds, torch.float32, {"decay": decay, "initial": True}))
+            cases.append(((2, 132, 2, 32, 32), kinds, torch.float32, {"decay": decay, "initial": True}))
+            cases.append(((2, 132, 2, 32, 32), kinds, torch.bfloat16, {"decay": decay, "initial": True}))
         for keys in ("one", "two"):
             cases.append(((2, 512, 2, 32, 32), kinds, torch.float32, {"decay": "one", "keys": keys}))
             cases.append(((2, 128, 2, 32, 32), kinds, torch.bfloat16, {"decay": "one", "keys": keys}))
-    cases.append(((1, 100, 1, 256, 256), (2, 2, 2), torch.float32, {"initial": True}))
+        cases.append(((1, 4100, 2, 32, 32), kinds, torch.float32, {"initial": True}))
+        cases.append(((1, 4100, 2, 32, 32), kinds, torch.bfloat16, {"initial": True}))
+    for kinds in ((1, 1, 1), (2, 2, 2)):
+        for dtype in (torch.float32, torch.bfloat16):
+            cases.append(((1, 100, 1, 256, 256), kinds, dtype, {"initial": True}))
+    for kinds in ((1, 0, 1), (2, 0, 0)):
+        cases.append(((2, 130, 2, 64, 64), kinds, torch.bfloat16, {"initial": True}))
+    cases.append(((2, 130, 2, 128, 129), (1, 0, 1), torch.bfloat16, {"initial": True}))
     cases.append(((2, 64, 2, 48, 33), (1, 0, 1), torch.float16, {}))
     return cases
 
@@ -146,7 +162,7 @@ def judge(case: tuple) -> dict:
     try:
         found = errors_of(shape, kinds, dtype, **options)
     except Exception as error:
-        return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        return row | {"error": f"{type(error).__name__}: {str(error)[-300:]}"}
     limit = LIMIT[dtype]
     if options.get("keys"):
         # every token sees the same key: the roundings of k^T k and k^T S (2^-24, or 2^-16 for bf16) add up
@@ -154,19 +170,86 @@ def judge(case: tuple) -> dict:
     return row | found | {"good": all(error < limit for error in found.values())}
 
 
+def judge_all(cases: list[tuple]) -> list[dict]:
+    """The rows of cases that share their compiled kernels."""
+    return [judge(case) for case in cases]
+
+
 def check(jobs: int, types: list[torch.dtype]) -> list[dict]:
     """Every case of the list; a row a case, the failures marked."""
-    cases = [case for case in cases_of() if case[2] in types]
+    groups: dict[tuple, list] = {}
+    for case in cases_of():
+        shape, kinds, dtype, options = case
+        if dtype in types:
+            signature = (*shape[3:], kinds, dtype, bool(options.get("initial")), shape[1] % 64)
+            groups.setdefault(signature, []).append(case)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(judge, cases))
+        tasks = [pool.submit(judge_all, group) for group in groups.values()]
+        tasks.append(pool.submit(uses))
+        rows = [row for task in tasks for row in task.result()]
     for row in rows:
         values = " ".join(f"{name} {row[name]:.0e}" for name in NAMES if name in row) + row.get("error", "")
-        print(
-            "ok  " if row["good"] else "FAIL",
-            *(row[x] for x in ("shape", "kinds", "dtype", "options")),
-            values,
-        )
+        print("ok  " if row["good"] else "FAIL", *(row[x] for x in CASE if x in row), values)
     print(f"{sum(row['good'] for row in rows)} of {len(rows)} cases good", flush=True)
+    return rows
+
+
+def uses() -> list[dict]:
+    """Ways of calling: twice, under vmap, in a CUDA graph, under torch.compile, token by token."""
+    rows = []
+    inputs, _ = make_inputs((4, 70, 2, 32, 32), (2, 2, 2), initial=True)
+    leaves = [x.float().requires_grad_() for x in inputs if x is not None]
+    scale = 32**-0.5
+
+    def run(q, k, v, log_decay, erase, write, state):
+        return ours.gated_memory_triton(q, k, v, log_decay, erase, write, None, scale, state)
+
+    def all_of(operator):
+        o, state = operator(*leaves)
+        return [o, state, *torch.autograd.grad(o.square().sum() + state.sin().sum(), leaves)]
+
+    def graphed():
+        run(*leaves)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            o, state = run(*leaves)
+        graph.replay()
+        return [o, state]
+
+    def mapped():
+        parts = [x.unflatten(0, (2, 2)) for x in leaves]
+        o, state = torch.func.vmap(run)(*parts)
+        grads = torch.autograd.grad(o.square().sum() + state.sin().sum(), leaves)
+        return [o.flatten(0, 1), state.flatten(0, 1), *grads]
+
+    def stepped():
+        state, steps = leaves[6], []
+        with torch.no_grad():
+            for t in range(70):
+                q, k, v, log_decay, erase, write = (x[:, t : t + 1] for x in leaves[:6])
+                o, state = run(q, k, v, log_decay, erase, write, state)
+                steps.append(o)
+        return [torch.cat(steps, 1), state]
+
+    once = all_of(run)
+    ways: dict[str, tuple[Callable, float]] = {
+        "twice, bit for bit": (lambda: all_of(run), 0.0),
+        "vmap, bit for bit": (mapped, 0.0),
+        "CUDA graph, bit for bit": (graphed, 0.0),
+        "torch.compile": (lambda: all_of(torch.compile(run)), 1e-6),
+        "token by token": (stepped, 1e-5),
+    }
+    for name, (way, limit) in ways.items():
+        row: dict = {"use": name, "good": False}
+        try:
+            errors = [
+                float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(way(), once, strict=False)
+            ]
+            row |= {"good": all(error <= limit for error in errors), "largest": max(errors)}
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {str(error)[-300:]}"
+        rows.append(row)
     return rows
 
 
@@ -175,30 +258,6 @@ def ours_of(leaves) -> Callable:
     q, k, v, log_decay, erase, write = leaves
     scale = k.shape[-1] ** -0.5
     return lambda: ours.gated_memory_triton(q, k, v, log_decay, erase, write, None, scale, None)[0]
-
-
-def operators_of(point: str, leaves) -> dict[str, Callable]:
-    """Ours and, where installed, flash-linear-attention's operator for a named point of the gate space."""
-    q, k, v, log_decay, erase, write = leaves
-    scale = k.shape[-1] ** -0.5
-    found = {"ours": ours_of(leaves)}
-    try:
-        from fla.ops.common import chunk_o
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-        from fla.ops.gdn2 import chunk_gdn2
-        from fla.ops.kda import chunk_kda
-    except ImportError as error:
-        print(f"flash-linear-attention cannot be imported ({error}): ours alone")
-        return found
-    # its guard refuses GDN's backward on Hopper with this Triton (wrong gate gradients): lifted, to time it
-    chunk_o.IS_NVIDIA_HOPPER = False
-    if point == "gdn":
-        found["fla"] = lambda: chunk_gated_delta_rule(q, k, v, log_decay, erase, scale=scale)[0]
-    elif point == "kda":
-        found["fla"] = lambda: chunk_kda(q, k, v, log_decay, erase, scale=scale)[0]
-    else:
-        found["fla"] = lambda: chunk_gdn2(q, k, v, log_decay, erase, write, scale=scale)[0]
-    return found
 
 
 def leaves_of(shape, point: str, dtype=torch.bfloat16) -> list[Tensor]:
@@ -216,65 +275,19 @@ def leaves_of(shape, point: str, dtype=torch.bfloat16) -> list[Tensor]:
     return [x.requires_grad_() for x in leaves]
 
 
-def time_of(run: Callable, leaves, *, backward: bool) -> tuple[float, float]:
-    """Median milliseconds of a call as the user makes it, and as a CUDA graph replays it (or NaN)."""
-    unique = list({id(x): x for x in leaves}.values())
-    upstream = torch.randn_like(run())
-
-    def call():
-        if not backward:
-            with torch.no_grad():
-                run()
-        else:
-            torch.autograd.grad(run(), unique, upstream)
-
-    eager = do_bench(call, warmup=20, rep=80, return_mode="median")
-    try:
-        replayed = triton.testing.do_bench_cudagraph(call, rep=60, return_mode="median")
-    except Exception as error:
-        print("no CUDA graph:", type(error).__name__, str(error)[:100])
-        replayed = float("nan")
-    return eager, replayed
-
-
-def bench(shapes, points) -> list[dict]:
-    """Rows of milliseconds, ours and theirs in turn."""
-    rows = []
-    for shape, point in itertools.product(shapes, points):
-        leaves = leaves_of(shape, point)
-        for backward in (False, True):
-            row: dict = {"shape": shape, "point": point, "pass": "both" if backward else "forward"}
-            for name, run in operators_of(point, leaves).items():
-                try:
-                    row[name], row[name + "_graph"] = time_of(run, leaves, backward=backward)
-                except Exception as error:
-                    print(name, "failed:", type(error).__name__, str(error)[:200])
-            if "fla" in row and "ours" in row:
-                row["ratio"] = row["ours"] / row["fla"]
-                row["ratio_graph"] = row["ours_graph"] / row["fla_graph"]
-            rows.append(row)
-            print({key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
-    return rows
-
-
-def set_launch(chunk: int, tile: int, warps: int, stages: int, fused: bool) -> None:
-    """Make every later launch of ours use these settings."""
-    launch = ours.Launch(
-        chunk=chunk,
-        value_block=tile,
-        scores_warps=0 if fused else warps,
-        state_warps=warps,
-        chunk_warps=warps,
-        stages=stages,
-    )
+def set_launch(numbers: Iterable[int]) -> None:
+    """Make every later launch of ours use these settings, in the order of the fields of Launch."""
+    names = (field.name for field in dataclasses.fields(ours.Launch))
+    launch = ours.Launch(**dict(zip(names, numbers, strict=True)))
     ours.launch_of = lambda *_: launch  # type: ignore[assignment]
 
 
 def compile_setting(setting: tuple) -> str:
     """Run a setting once, so that its kernels lie in Triton's cache; the error if it fails."""
-    dtype, shape, point, *launch = setting
+    dtype, shape, point, launch = setting
     leaves = leaves_of((1, shape[1], *shape[2:]), point, dtype)
-    set_launch(*launch)
+    if launch is not None:
+        set_launch(launch)
     try:
         ours_of(leaves)().sum().backward()
         torch.cuda.synchronize()
@@ -295,7 +308,7 @@ def kernel_times(run: Callable, repeats: int = 10) -> dict[str, float]:
     return {
         event.key.removesuffix("_kernel"): event.device_time_total / event.count
         for event in profile.key_averages()
-        if event.key in ("scores_kernel", "forward_kernel", "state_backward_kernel", "chunk_backward_kernel")
+        if event.key in KERNELS
     }
 
 
@@ -305,15 +318,14 @@ def sweep(settings: Iterable[tuple], jobs: int) -> list[dict]:
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         failures = list(pool.map(compile_setting, settings))
     rows = []
-    for (dtype, shape, point, *launch), failure in zip(settings, failures, strict=True):
+    for (dtype, shape, point, launch), failure in zip(settings, failures, strict=True):
         row = {"dtype": str(dtype)[6:], "shape": shape, "point": point, "launch": launch}
         if failure:
             row["error"] = failure
         else:
-            set_launch(*launch)
-            row |= {
-                name: round(x, 1) for name, x in kernel_times(ours_of(leaves_of(shape, point, dtype))).items()
-            }
+            set_launch(launch)
+            times = kernel_times(ours_of(leaves_of(shape, point, dtype)))
+            row |= {name: round(x, 1) for name, x in times.items()}
         rows.append(row)
         print(*row.values(), flush=True)
     return rows
@@ -322,21 +334,15 @@ def sweep(settings: Iterable[tuple], jobs: int) -> list[dict]:
 def main() -> None:
     """Parse, run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("check", "bench", "sweep", "all"), nargs="?", default="all")
-    parser.add_argument("--long", action="store_true", help="the language-model shape too")
+    parser.add_argument("what", choices=("check", "sweep"), nargs="?", default="check")
     parser.add_argument("--out")
-    parser.add_argument("--chunks", type=int, nargs="*", default=[16, 32])
-    parser.add_argument("--tiles", type=int, nargs="*", default=[32, 64])
-    parser.add_argument("--warps", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--stages", type=int, nargs="*", default=[3])
-    parser.add_argument("--fused", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--launch", nargs="*", default=[], help="to sweep: fields of Launch, 64,2,64,4,...")
     parser.add_argument("--points", nargs="*")
     parser.add_argument("--dtypes", nargs="*")
     parser.add_argument("--shapes", type=int, nargs="*", help="numbers of the shapes to run")
     parser.add_argument("--jobs", type=int, default=12)
     options = parser.parse_args()
-    shapes = [*SHAPES, LM_SHAPE] if options.long else list(SHAPES)
-    shapes = [shapes[i] for i in options.shapes] if options.shapes else shapes
+    shapes = [SHAPES[i] for i in options.shapes] if options.shapes else list(SHAPES)
     types = [getattr(torch, name) for name in options.dtypes or ("float32", "bfloat16", "float16")]
     points = options.points or list(POINTS)
     result: dict = {
@@ -345,21 +351,11 @@ def main() -> None:
         "triton": triton.__version__,
         "python": platform.python_version(),
     }
-    if options.what in ("check", "all"):
+    if options.what == "check":
         result["check"] = check(options.jobs, types)
-    if options.what in ("bench", "all"):
-        result["bench"] = bench(shapes, points)
-    if options.what == "sweep":
-        settings = itertools.product(
-            types,
-            shapes,
-            points,
-            options.chunks,
-            options.tiles,
-            options.warps,
-            options.stages,
-            map(bool, options.fused),
-        )
+    else:
+        launches = [tuple(map(int, text.split(","))) for text in options.launch]
+        settings = itertools.product(types, shapes, points, launches)
         result["sweep"] = sweep(settings, options.jobs)
     if options.out:
         with open(options.out, "w") as file:

@@ -7,18 +7,30 @@ runs the same kernels on CPU tensors (slowly).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels.gated_memory.triton_backward import chunk_backward_kernel, state_backward_kernel
-from kernels.gated_memory.triton_forward import forward_kernel, scores_kernel
+from kernels.gated_memory.triton_backward import state_backward_kernel, value_backward_kernel
+from kernels.gated_memory.triton_forward import forward_kernel
+from kernels.gated_memory.triton_keys import key_backward_kernel
+from kernels.gated_memory.triton_launch import (
+    Launch,
+    block_of,
+    constants,
+    kind_of,
+    launch_of,
+    precisions,
+    product_type,
+)
+from kernels.gated_memory.triton_pairs import pair_backward_kernel
+from kernels.gated_memory.triton_prepare import prepare_kernel
 from kernels.gated_memory.triton_step import step_kernel
 
-__all__ = ["gated_memory_triton"]
+__all__ = ["Launch", "gated_memory_triton"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
@@ -45,6 +57,10 @@ def gated_memory_triton(
         ValueError: for float64 inputs (use ``backend="reference"``), a head dimension above 256, or a
             sequence of 2^31 numbers or more (offsets inside one are 32 bits).
     """
+    if torch.compiler.is_compiling():  # a graph break: the kernels need no further compilation
+        return torch.compiler.disable(gated_memory_triton)(
+            q, k, v, log_decay, erase, write, decay_sign, scale, initial_state
+        )
     if q.dtype not in FLOATS or k.dtype not in FLOATS or v.dtype not in FLOATS:
         raise ValueError(
             f"the triton backend takes float32, bfloat16 or float16, not {q.dtype}, {k.dtype}, {v.dtype}"
@@ -111,73 +127,11 @@ def step(
     return o, following
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How the kernels are launched; chosen by :func:`launch_of`."""
-
-    chunk: int
-    """Tokens a chunk, a power of two of at least 16."""
-    value_block: int
-    """Value columns a program."""
-    scores_warps: int
-    """Warps a program of the kernel that makes the scores of all chunks at once; 0: no such kernel, the
-    forward makes them on its way (one launch)."""
-    state_warps: int
-    """Warps a program of the two kernels that carry the state through the chunks."""
-    chunk_warps: int
-    """Warps a program of the backward over all chunks at once."""
-    stages: int
-    """Chunks whose loads are under way at once; each takes its share of shared memory."""
-
-
-def launch_of(k: Tensor, v: Tensor, log_decay: Tensor | None) -> Launch:
-    """The settings for a shape, by measurement on a H100 (``python -m kernels.gpu_check sweep``).
-
-    No chunk of 64: its products take Hopper's warp-group instructions, and with Triton 3.6 they are slower
-    here and in one setting read outside of memory.
-    """
-    B, _, H, K = k.shape
-    width = max(block_of(K), block_of(v.shape[-1]))
-    many = B * H >= 1024
-    narrow = narrow_products(k, v)
-    if width <= 32:
-        return Launch(
-            chunk=16,
-            value_block=32,
-            scores_warps=0 if many else 1,
-            state_warps=1 if many else 2,
-            chunk_warps=1 if narrow else 2,
-            stages=3,
-        )
-    if width <= 64:
-        warps = 2 if narrow else 4
-        return Launch(chunk=16, value_block=64, scores_warps=1, state_warps=4, chunk_warps=warps, stages=3)
-    if width <= 128 and narrow:
-        channel = kind_of(log_decay) == 2
-        warps = 8 if channel else 4
-        block = 64 if channel else 32
-        return Launch(
-            chunk=32, value_block=block, scores_warps=4, state_warps=warps, chunk_warps=warps, stages=2
-        )
-    if width <= 128:
-        return Launch(chunk=32, value_block=32, scores_warps=4, state_warps=4, chunk_warps=8, stages=2)
-    return Launch(chunk=16, value_block=32, scores_warps=4, state_warps=8, chunk_warps=8, stages=1)
-
-
-def narrow_products(k: Tensor, v: Tensor) -> bool:
-    """Whether products may take 16-bit operands: only where keys and values are bf16 themselves."""
-    return k.dtype == v.dtype == torch.bfloat16
-
-
-def block_of(width: int) -> int:
-    """The block that holds a head dimension: a power of two, at least the 16 that a matrix product needs."""
-    return max(16, triton.next_power_of_2(width))
-
-
 class GatedMemory(torch.autograd.Function):
-    """The inputs, the scale and whether to keep chunk states -> o, final state, and what the backward needs.
+    """The inputs, the scale and whether to keep intermediates -> o, final state, and what the backward needs.
 
-    That is the states that enter the chunks, and the chunks' scores and inverses (empty where not kept).
+    That is, for each chunk: A, X, Qbar, Kbar, Ebar, the decays, R, and the state that enters (each
+    empty where it is not kept or not there).
     """
 
     @staticmethod
@@ -187,35 +141,46 @@ class GatedMemory(torch.autograd.Function):
         B, T, H, K = k.shape
         V = v.shape[-1]
         launch = launch_of(k, v, log_decay)
-        n_chunks = triton.cdiv(T, launch.chunk)
-        fused = launch.scores_warps == 0
-
+        C = launch.chunk
+        N = triton.cdiv(T, C)
+        erases, channels = erase is not None, kind_of(log_decay) == 2
+        # operands of products alone, so they may take the products' type
+        made = functools.partial(torch.empty, dtype=product_type(k, v), device=v.device)
         o = torch.empty_like(v)
         final = torch.empty(B, H, K, V, dtype=torch.float32, device=v.device)
-        # the copies are operands of products alone, so they may take the products' type
-        copies = torch.bfloat16 if narrow_products(k, v) else torch.float32
-        states = torch.empty(B, H, n_chunks if keep else 0, K, V, dtype=copies, device=v.device)
-        squares = torch.empty(
-            B, H, n_chunks if keep or not fused else 0, 1 if erase is None else 2, launch.chunk, launch.chunk,
+        narrow = made.keywords["dtype"] == torch.bfloat16
+        scores = made(B, H, N, C, C)
+        inverse = made(B, H, N if erases else 0, 2 if narrow else 1, C, C)
+        q_in, k_out = (made(B, H, N * C if channels else 0, K) for _ in range(2))
+        e_in = made(B, H, N * C if erases and (channels or kind_of(erase) == 2) else 0, K)
+        decays = torch.empty(
+            (B, H, N, K) if channels else (B, H, N if log_decay is not None else 0, 2, C),
             dtype=torch.float32, device=v.device,
         )  # fmt: skip
-        common = constants(k, v, log_decay, erase, launch)
-        key_block, value_block = block_of(K), min(launch.value_block, block_of(V))
+        # sums over repeated keys cancel: to 2^-16 only in fp32
+        r = torch.empty(B, H, N * C if erases and keep else 0, V, dtype=torch.float32, device=v.device)
+        states = made(B, H, N if keep else 0, K, V)
+        common, kinds = constants(k, v, log_decay, erase, C)
+        modes = precisions(narrow, v)
         if B * H > 0:
             with device_of(v):
-                if not fused and n_chunks > 0:
-                    scores_kernel[(B * H * n_chunks,)](
-                        q, k, log_decay, erase, squares, scale, T, H,
-                        K=K, BK=key_block, LEVELS=launch.chunk.bit_length() - 1,
-                        num_warps=launch.scores_warps, **common,
+                if N > 0:
+                    prepare_kernel[(B * H * N,)](
+                        q, k, log_decay, erase, scores, inverse, q_in, k_out, e_in, decays, scale, T, H,
+                        K=K, C=C, RAGGED=common["RAGGED"], BK=launch.pair_block if channels else block_of(K),
+                        NARROW=narrow, PRECISION=modes["PRECISION"], LEFT=modes["LEFT"], EXACT=modes["EXACT"],
+                        SUMS=modes["RIGHT"], num_warps=launch.prepare_warps, num_stages=1, **kinds,
                     )  # fmt: skip
-                forward_kernel[(B * H, triton.cdiv(V, value_block))](
-                    q, k, v, log_decay, erase, write, initial, squares, o, final, states, scale, T, H,
-                    K=K, V=V, BK=key_block, BV=value_block, LEVELS=launch.chunk.bit_length() - 1,
-                    WRITE=kind_of(write), HAS_INITIAL=initial is not None, STORE=keep, FUSED=fused,
-                    num_warps=launch.state_warps, **common,
+                key_in, key_out = (q_in, k_out) if channels else (q, k)
+                BV = min(launch.value_block, block_of(V))
+                forward_kernel[(B * H, triton.cdiv(V, BV))](
+                    key_in, key_out, v, erase, write, initial, scores, inverse, e_in, r, decays,
+                    o, final, states, scale, T, H, BK=block_of(K), BV=BV, WRITE=kind_of(write),
+                    HAS_INITIAL=initial is not None, STORE=keep, NARROW=narrow,
+                    PRECISION=modes["PRECISION"], RIGHT=modes["RIGHT"],
+                    num_warps=launch.state_warps, num_stages=launch.stages, **common, **kinds,
                 )  # fmt: skip
-        return o, final, states, squares
+        return o, final, scores, inverse, q_in, k_out, e_in, decays, r, states
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -260,7 +225,10 @@ class GatedMemoryBackward(torch.autograd.Function):
     """The inputs of :class:`GatedMemory`, what it kept, its outputs' gradients -> its inputs' gradients."""
 
     @staticmethod
-    def forward(q, k, v, log_decay, erase, write, initial, states, squares, do, d_final, scale):
+    def forward(
+        q, k, v, log_decay, erase, write, initial, scores, inverse, q_in, k_out, e_in, decays, r, states,
+        do, d_final, scale,
+    ):  # fmt: skip
         """Launch the backward kernels."""
         do = torch.zeros_like(v) if do is None else do
         q, k, v, log_decay, erase, write, do, d_final = contiguous(
@@ -269,32 +237,59 @@ class GatedMemoryBackward(torch.autograd.Function):
         B, T, H, K = k.shape
         V = v.shape[-1]
         launch = launch_of(k, v, log_decay)
-        n_chunks = triton.cdiv(T, launch.chunk)
-        dq, dk, dv, d_log_decay, d_erase, d_write = (
-            None if x is None else torch.empty_like(x) for x in (q, k, v, log_decay, erase, write)
+        C = launch.chunk
+        N = triton.cdiv(T, C)
+        dq, dk, dv, d_erase, d_write = (
+            None if x is None else torch.empty_like(x) for x in (q, k, v, erase, write)
         )
-        d_states = torch.empty_like(states)
+        d_log_decay = None if log_decay is None else torch.empty_like(log_decay, dtype=torch.float32)
         d_initial = None
         if initial is not None:
             d_initial = torch.empty(initial.shape, dtype=torch.float32, device=v.device)
-        common = constants(k, v, log_decay, erase, launch)
-        key_block, value_block = block_of(K), min(launch.value_block, block_of(V))
+        d_states = torch.empty_like(states)
+        dz = torch.empty(B, H, N * C, V, dtype=scores.dtype, device=v.device)
+        d_scores = torch.empty_like(scores, dtype=scores.dtype if erase is None else torch.float32)
+        channels = kind_of(log_decay) == 2
+        de = torch.empty_like(k) if channels and erase is not None else None
+        d_triangle = torch.empty_like(d_scores) if erase is not None else d_scores  # not used
+        common, kinds = constants(k, v, log_decay, erase, C)
+        narrow = scores.dtype == torch.bfloat16
+        modes = precisions(narrow, v)
+        key_in, key_out = (q_in, k_out) if channels else (q, k)
+        BV = min(launch.value_block, block_of(V))
         if B * H > 0:
             with device_of(v):
-                state_backward_kernel[(B * H, triton.cdiv(V, value_block))](
-                    q, k, log_decay, erase, squares, do, d_final, d_states, d_initial, scale, T, H,
-                    K=K, V=V, BK=key_block, BV=value_block,
-                    HAS_FINAL=d_final is not None, HAS_INITIAL=initial is not None,
-                    num_warps=launch.state_warps, **common,
+                state_backward_kernel[(B * H, triton.cdiv(V, BV))](
+                    key_in, key_out, erase, scores, inverse, e_in, decays, do, d_final, dz, d_states,
+                    d_initial, scale, T, H, BK=block_of(K), BV=BV, HAS_FINAL=d_final is not None,
+                    HAS_INITIAL=initial is not None, NARROW=narrow, PRECISION=modes["PRECISION"],
+                    RIGHT=modes["RIGHT"], num_warps=launch.state_warps, num_stages=launch.stages,
+                    **common, **kinds,
                 )  # fmt: skip
-                if n_chunks > 0:
-                    chunk_backward_kernel[(B * H * n_chunks,)](
-                        q, k, v, log_decay, erase, write, squares, states, d_states, do,
-                        dq, dk, dv, d_log_decay, d_erase, d_write, scale, T, H,
-                        K=K, V=V, BK=key_block, BV=value_block, LEVELS=launch.chunk.bit_length() - 1,
-                        WRITE=kind_of(write), num_warps=launch.chunk_warps, **common,
+                if N > 0:
+                    value_backward_kernel[(B * H * N,)](
+                        q, k, v, log_decay, erase, write, r, dz, do, dv, d_write, d_log_decay,
+                        d_scores, d_triangle, scale, T, H, BK=block_of(K), BV=min(64, block_of(V)),
+                        WRITE=kind_of(write), PRECISION=modes["PRECISION"], RIGHT=modes["RIGHT"],
+                        num_warps=launch.chunk_warps, num_stages=launch.chunk_stages, **common, **kinds,
                     )  # fmt: skip
+                    key_backward_kernel[(B * H * N,)](
+                        q, k, v, log_decay, erase, write, states, d_states, r, dz, do, d_scores, d_triangle,
+                        decays, dq, dk, de, d_log_decay, d_erase, scale, T, H,
+                        BK=launch.key_block, BV=min(64, block_of(V)), WRITE=kind_of(write),
+                        PRECISION=modes["PRECISION"], LEFT=modes["LEFT"], SUMS=modes["RIGHT"],
+                        num_warps=launch.chunk_warps, num_stages=launch.chunk_stages, **common, **kinds,
+                    )  # fmt: skip
+                    if channels:
+                        pair_backward_kernel[(B * H * N,)](
+                            q, k, log_decay, erase, d_scores, d_triangle, dq, dk, de, d_log_decay, d_erase,
+                            T, H, K=K, C=C, RAGGED=common["RAGGED"], BK=launch.pair_block,
+                            ERASE=kinds["ERASE"], PRECISION=modes["PRECISION"], LEFT=modes["LEFT"],
+                            SUMS=modes["RIGHT"],
+                            num_warps=launch.pair_warps, num_stages=1,
+                        )  # fmt: skip
         d_initial = None if d_initial is None else d_initial.to(initial.dtype)
+        d_log_decay = None if d_log_decay is None else d_log_decay.to(log_decay.dtype)
         return dq, dk, dv, d_log_decay, d_erase, d_write, d_initial
 
     @staticmethod
@@ -313,30 +308,9 @@ class GatedMemoryBackward(torch.autograd.Function):
         return unfold(GatedMemoryBackward.apply(*folded), info.batch_size)
 
 
-def constants(k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, launch: Launch) -> dict:
-    """The compile-time arguments that all kernels take."""
-    exact = "split" if v.is_cuda and torch.version.hip is None else "ieee"
-    narrow = narrow_products(k, v) and exact == "split"
-    return {
-        "C": launch.chunk,
-        "DECAY": kind_of(log_decay),
-        "ERASE": kind_of(erase),
-        "RAGGED": k.shape[1] % launch.chunk != 0,
-        "PRECISION": "bf16" if narrow else exact,
-        "CARRY": "pair" if narrow else exact,
-        "EXACT": exact,
-        "num_stages": launch.stages,
-    }
-
-
 def transforms_active() -> bool:
     """Whether a ``torch.func`` transform (vmap, grad) is running."""
     return torch._C._are_functorch_transforms_active()
-
-
-def kind_of(gate: Tensor | None) -> int:
-    """0 absent, 1 a scalar a token, 2 a value a channel."""
-    return 0 if gate is None else gate.dim() - 2
 
 
 def contiguous(*tensors: Tensor | None) -> list:

@@ -1,8 +1,8 @@
-"""The gated memory backward: the state's gradient through the chunks in reverse, then all chunks in parallel.
+"""The gated memory backward: the state's gradient through the chunks in reverse; then the value side.
 
-No atomics: a program of the second kernel owns a chunk and goes through the value columns in a fixed order.
-The gradient of the log decay adds each pair (r, s) to the gates between s and r through the same 0/1 sums as
-the forward: no difference of large sums, and an exact 0 where a gate erases all.
+That, and the key side in triton_keys.py and triton_pairs.py, takes all chunks at once. No atomics: a program
+owns a chunk and goes through the value columns in a fixed order. The gradient of a scalar log decay adds each
+pair (r, s) to the gates between s and r: no difference of large sums.
 """
 
 from __future__ import annotations
@@ -10,33 +10,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.gated_memory.triton_forward import scalar_decay
 from kernels.gated_memory.triton_tiles import (
-    LOG2_FLOOR,
-    chunk_decay,
     dot,
-    level_pairs,
-    level_sums,
+    dot_inverse,
     load_gate,
-    load_keys,
-    load_rows,
+    load_inverse,
+    load_log_decay,
     load_square,
-    mask_of,
+    load_tile,
+    ordered,
     pair_decay,
-    store_gate,
-    store_rows,
+    store_scalar_gate,
+    store_square,
+    store_tile,
     sum_rows,
 )
 
 
 @triton.jit(do_not_specialize=["T"])
 def state_backward_kernel(
-    q_ptr,  # [B, T, H, K]
-    k_ptr,  # [B, T, H, K]
-    log_decay_ptr,  # [B, T, H] or [B, T, H, K]
-    erase_ptr,  # [B, T, H] or [B, T, H, K]
-    squares_ptr,  # [B, H, chunks, 1 or 2, C, C] fp32: A, and X where there is an erase gate
+    q_ptr,  # [B, T, H, K], or Qbar [B, H, chunks * C, K] where the decay is a channel's
+    k_ptr,  # the same, or Kbar
+    erase_ptr,  # [B, T, H]
+    scores_ptr,  # [B, H, chunks, C, C]
+    inverse_ptr,  # [B, H, chunks, 1 or 2, C, C]
+    e_in_ptr,  # [B, H, chunks * C, K]: Ebar, where decay or erase is a channel's
+    decays_ptr,  # [B, H, chunks, 2, C] or [B, H, chunks, K] fp32
     do_ptr,  # [B, T, H, V]
     d_final_ptr,  # [B, H, K, V]
+    dz_ptr,  # [B, H, chunks * C, V]
     d_states_ptr,  # [B, H, chunks, K, V], the gradient of the state that leaves each chunk
     d_initial_ptr,  # [B, H, K, V] fp32
     scale,
@@ -51,145 +54,104 @@ def state_backward_kernel(
     ERASE: tl.constexpr,
     HAS_FINAL: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
+    NARROW: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
-    CARRY: tl.constexpr,
-    EXACT: tl.constexpr,
+    RIGHT: tl.constexpr,
 ):
-    """From the last chunk to the first: dR = X^T (A^T dO + Kbar dS), dS <- D dS + Qbar^T dO - Ebar^T dR."""
+    """From the last chunk to the first: dZ = X^T (A^T dO + Kbar dS), dS <- D dS + Qbar^T dO - Ebar^T dZ."""
+    RAGGED_K: tl.constexpr = K != BK or (RAGGED and DECAY != 2)
+    RAGGED_V: tl.constexpr = V % BV != 0
+    REPEATED: tl.constexpr = PRECISION if ERASE == 0 else RIGHT  # errors that repeat with a repeated key
     n = tl.program_id(0).to(tl.int64)
     first = (n // H) * T * H + n % H
     kk = tl.arange(0, BK)
     vv = tl.program_id(1) * BV + tl.arange(0, BV)
-    cell = kk[:, None] * V + vv[None, :]
-    inside = (kk[:, None] < K) & (vv[None, :] < V)
+    columns = vv[None, :]
+    cell = kk[:, None] * V + columns
+    inside = (kk[:, None] < K) & (columns < V)
+    n_chunks = tl.cdiv(T, C)
+    if DECAY == 2:
+        q_ptr += n * n_chunks * (C * K)
+        k_ptr += n * n_chunks * (C * K)
+    else:
+        q_ptr += first * K
+        k_ptr += first * K
+    e_in_ptr += n * n_chunks * (C * K)
+    dz_ptr += n * n_chunks * (C * V)
+    d_states_ptr += n * n_chunks * (K * V)
 
     if HAS_FINAL:
         d_state = tl.load(d_final_ptr + n * K * V + cell, mask=inside, other=0.0).to(tl.float32)
     else:
         d_state = tl.zeros((BK, BV), tl.float32)
-    SQUARES: tl.constexpr = 1 if ERASE == 0 else 2
-    n_chunks = tl.cdiv(T, C)
     for step in range(0, n_chunks):
         chunk = n_chunks - 1 - step
-        at = n * n_chunks + chunk
-        tl.store(d_states_ptr + at * K * V + cell, d_state.to(d_states_ptr.dtype.element_ty), mask=inside)
-        rows = chunk * C + tl.arange(0, C)
-        q, k, erase, log_decay = load_keys(
-            q_ptr, k_ptr, log_decay_ptr, erase_ptr, first, rows, T, H, scale,
-            K, kk, DECAY, ERASE, RAGGED or (K != BK),
-        )  # fmt: skip
-        do = load_rows(do_ptr + first * V, rows, T, H * V, V, vv, RAGGED or (V % BV != 0))
-        e = k * erase
-        if DECAY != 0:
-            before, after, whole = chunk_decay(log_decay, C, DECAY, EXACT)
-            q *= before
-            e *= before
-            k *= after
+        start = chunk * C
+        rows = start + tl.arange(0, C)
+        row = rows[:, None]
+        tl.store(d_states_ptr + chunk * K * V + cell, d_state.to(d_states_ptr.dtype.element_ty), mask=inside)
+        if DECAY == 2:
+            q = load_tile(q_ptr, row, n_chunks * C, K, K, kk[None, :], RAGGED_K)
+            k = load_tile(k_ptr, row, n_chunks * C, K, K, kk[None, :], RAGGED_K)
+        else:
+            q = load_tile(q_ptr, row, T, H * K, K, kk[None, :], RAGGED_K)
+            k = load_tile(k_ptr, row, T, H * K, K, kk[None, :], RAGGED_K)
+        do = load_tile(do_ptr + first * V, row, T, H * V, V, columns, RAGGED_V or RAGGED)
+        scores = load_square(scores_ptr, n * n_chunks + chunk, C, True)
+        dz = dot(k, d_state, REPEATED)
+        if DECAY == 1:
+            before, after, whole = scalar_decay(decays_ptr, n * n_chunks + chunk, C)
+            dz *= after[:, None]
+        dz += dot(tl.trans(scores), do, PRECISION)
         if ERASE != 0:
-            dz = dot(tl.trans(load_square(squares_ptr, at * SQUARES, C)), do, PRECISION)
-            dz += dot(k, d_state, CARRY)
-            dz = dot(tl.trans(load_square(squares_ptr, at * SQUARES + 1, C)), dz, CARRY)
-        if DECAY != 0:
+            x, x_low = load_inverse(inverse_ptr, n * n_chunks + chunk, C, NARROW)
+            dz = dot_inverse(tl.trans(x), tl.trans(x_low), dz, NARROW, RIGHT)
+        store_tile(dz_ptr, dz, row, n_chunks * C, V, V, columns, RAGGED_V)
+        if DECAY == 2:
+            d_state *= tl.load(decays_ptr + (n * n_chunks + chunk) * K + kk, mask=kk < K, other=0.0)[:, None]
+            d_state += dot(tl.trans(q), do, PRECISION)
+        elif DECAY == 1:
             d_state *= whole
-        d_state += dot(tl.trans(q), do, PRECISION)
+            d_state += dot(tl.trans(q), do * (before * scale)[:, None], PRECISION)
+        else:
+            d_state += dot(tl.trans(q), do, PRECISION) * scale
         if ERASE != 0:
-            d_state -= dot(tl.trans(e), dz, CARRY)
+            if DECAY == 2 or ERASE == 2:
+                e = load_tile(e_in_ptr, row, n_chunks * C, K, K, kk[None, :], K != BK)
+            else:
+                e = k
+            if ERASE == 1:
+                dz *= load_gate(erase_ptr, first, row, T, H, K, kk, 1, RAGGED)
+            if DECAY == 1:
+                dz *= before[:, None]
+            d_state -= dot(tl.trans(e), dz, RIGHT)
     if HAS_INITIAL:
         tl.store(d_initial_ptr + n * K * V + cell, d_state, mask=inside)
 
 
-@triton.jit
-def scores_backward(
-    q,
-    k,
-    e,
-    log_decay,
-    d_scores,
-    d_t,
-    dq,
-    dk,
-    de,
-    dg,
-    C: tl.constexpr,
-    LEVELS: tl.constexpr,
-    DECAY: tl.constexpr,
-    ERASE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Add to the gradients of q, k, e and the log decay ([C, 1] for a scalar) what comes through A and T."""
-    r = tl.arange(0, C)[:, None]
-    s = tl.arange(0, C)[None, :]
-    if DECAY == 2:
-        diagonal = tl.sum(tl.where(r == s, d_scores, 0.0), 1)[:, None]
-        dq += diagonal * k
-        dk += diagonal * q
-        for level in range(LEVELS):
-            pairs = level_pairs(C, level)
-            sums = level_sums(C, level)
-            factor = tl.exp2(sum_rows(sums, log_decay, EXACT))
-            key = k * factor
-            d_pairs = tl.where(pairs, d_scores, 0.0)
-            share = dot(d_pairs, key, PRECISION) * factor
-            dq += share
-            through = q * share
-            d_key = dot(tl.trans(d_pairs), q * factor, PRECISION)
-            if ERASE != 0:
-                d_pairs = tl.where(pairs, d_t, 0.0)
-                share = dot(d_pairs, key, PRECISION) * factor
-                de += share
-                through += e * share
-                d_key += dot(tl.trans(d_pairs), e * factor, PRECISION)
-            share = d_key * factor
-            dk += share
-            through += k * share
-            dg += sum_rows(tl.trans(sums), through, EXACT)
-    else:
-        if DECAY == 1:
-            key = tl.trans(k)
-            between = pair_decay(log_decay, C, EXACT)
-            d_scores *= between
-            through = d_scores * dot(q, key, PRECISION)
-            if ERASE != 0:
-                d_t *= between
-                through += d_t * dot(e, key, PRECISION)
-            # gate i takes every pair with s < i <= r: until[i, r] sums the pairs of row r with s < i
-            until = sum_rows(mask_of(s < r), tl.trans(through), EXACT)
-            dg += tl.sum(tl.where(s >= r, until, 0.0), 1)[:, None]
-        dq += dot(d_scores, k, PRECISION)
-        dk += dot(tl.trans(d_scores), q, PRECISION)
-        if ERASE != 0:
-            de += dot(d_t, k, PRECISION)
-            dk += dot(tl.trans(d_t), e, PRECISION)
-    return dq, dk, de, dg
-
-
 @triton.jit(do_not_specialize=["T"])
-def chunk_backward_kernel(
+def value_backward_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     v_ptr,  # [B, T, H, V]
-    log_decay_ptr,  # [B, T, H] or [B, T, H, K]
+    log_decay_ptr,  # [B, T, H]
     erase_ptr,  # [B, T, H] or [B, T, H, K]
     write_ptr,  # [B, T, H] or [B, T, H, V]
-    squares_ptr,  # [B, H, chunks, 1 or 2, C, C] fp32: A, and X where there is an erase gate
-    states_ptr,  # [B, H, chunks, K, V]
-    d_states_ptr,  # [B, H, chunks, K, V]
+    r_ptr,  # [B, H, chunks * C, V] fp32: R, with an erase gate
+    dz_ptr,  # [B, H, chunks * C, V]
     do_ptr,  # [B, T, H, V]
-    dq_ptr,  # the gradients are shaped like their tensors
-    dk_ptr,
-    dv_ptr,
-    d_log_decay_ptr,
-    d_erase_ptr,
-    d_write_ptr,
+    dv_ptr,  # [B, T, H, V]
+    d_write_ptr,  # like write
+    d_log_decay_ptr,  # [B, T, H]: what comes through A and T, for key_backward_kernel to add to
+    d_scores_ptr,  # [B, H, chunks, C, C]: the gradient of q^T k in A (a scalar decay included)
+    d_triangle_ptr,  # [B, H, chunks, C, C]: of e^T k in T
     scale,
     T,
     H,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    LEVELS: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     DECAY: tl.constexpr,
@@ -197,117 +159,73 @@ def chunk_backward_kernel(
     WRITE: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
-    CARRY: tl.constexpr,
-    EXACT: tl.constexpr,
+    RIGHT: tl.constexpr,
 ):
-    """One chunk a program, from the state that enters it and the gradient of the one that leaves it."""
-    SQUARES: tl.constexpr = 1 if ERASE == 0 else 2
+    """Gradients of v and write, A and T of one chunk, and of a scalar decay through A and T."""
+    RAGGED_K: tl.constexpr = RAGGED or (K != BK)
+    RAGGED_V: tl.constexpr = RAGGED or (V % BV != 0)
     n_chunks = tl.cdiv(T, C)
     n = (tl.program_id(0) // n_chunks).to(tl.int64)
     chunk = tl.program_id(0) % n_chunks
     at = n * n_chunks + chunk
     first = (n // H) * T * H + n % H
     rows = chunk * C + tl.arange(0, C)
-    kk = tl.arange(0, BK)
-    r = tl.arange(0, C)[:, None]
-    s = tl.arange(0, C)[None, :]
-    RAGGED_K: tl.constexpr = RAGGED or (K != BK)
-    RAGGED_V: tl.constexpr = RAGGED or (V % BV != 0)
-
-    q_in, k_out, erase, log_decay = load_keys(
-        q_ptr, k_ptr, log_decay_ptr, erase_ptr, first, rows, T, H, scale, K, kk, DECAY, ERASE, RAGGED_K
-    )
-    e_in = k_out * erase
-    if DECAY != 0:
-        before, after, _ = chunk_decay(log_decay, C, DECAY, EXACT)
-        q_in *= before
-        e_in *= before
-        k_out *= after
-    scores = tl.trans(load_square(squares_ptr, at * SQUARES, C))
-    if ERASE != 0:
-        x = load_square(squares_ptr, at * SQUARES + 1, C)
+    row = rows[:, None]
+    local = tl.arange(0, C)[:, None]
+    r_ptr += at * (C * V)
+    dz_ptr += at * (C * V)
     d_scores = tl.zeros((C, C), tl.float32)
     d_t = tl.zeros((C, C), tl.float32)
-    dq = tl.zeros((C, BK), tl.float32)
-    dk = tl.zeros((C, BK), tl.float32)
-    de = tl.zeros((C, BK), tl.float32)
-    kept = tl.zeros((BK,), tl.float32)
     d_write = tl.zeros((C,), tl.float32)
     for tile in range(0, tl.cdiv(V, BV)):
-        vv = tile * BV + tl.arange(0, BV)
-        cell = at * K * V + kk[:, None] * V + vv[None, :]
-        inside = (kk[:, None] < K) & (vv[None, :] < V)
-        state = tl.load(states_ptr + cell, mask=inside, other=0.0).to(tl.float32)
-        d_state = tl.load(d_states_ptr + cell, mask=inside, other=0.0).to(tl.float32)
-        v = load_rows(v_ptr + first * V, rows, T, H * V, V, vv, RAGGED_V)
-        do = load_rows(do_ptr + first * V, rows, T, H * V, V, vv, RAGGED_V)
-        z = v
-        if WRITE == 2:
-            write = load_gate(write_ptr + first * V, rows, T, H, V, vv, 2, RAGGED_V)
-            z = v * write
-        elif WRITE == 1:
-            write = load_gate(write_ptr + first, rows, T, H, V, vv, 1, RAGGED)
-            z = v * write
-        dz = dot(scores, do, PRECISION) + dot(k_out, d_state, PRECISION)
+        columns = tile * BV + tl.arange(0, BV)[None, :]
+        v = load_tile(v_ptr + first * V, row, T, H * V, V, columns, RAGGED_V)
+        do = load_tile(do_ptr + first * V, row, T, H * V, V, columns, RAGGED_V)
+        dz = load_tile(dz_ptr, local, C, V, V, columns, V % BV != 0)
+        if WRITE != 0:
+            write = load_gate(write_ptr, first, row, T, H, V, columns, WRITE, RAGGED_V)
         if ERASE != 0:
-            z = dot(x, z - dot(e_in, state, PRECISION), CARRY)
-            dz = dot(tl.trans(x), dz, CARRY)
-            d_t -= dot(dz, tl.trans(z), PRECISION)
-            de -= dot(dz, tl.trans(state), PRECISION)
-        d_scores += dot(do, tl.trans(z), PRECISION)
-        dq += dot(do, tl.trans(state), PRECISION)
-        dk += dot(z, tl.trans(d_state), PRECISION)
-        if DECAY != 0:
-            kept += tl.sum(d_state * state, 1)
+            r = load_tile(r_ptr, local, C, V, V, columns, V % BV != 0)
+            d_t -= dot(dz, tl.trans(r), RIGHT)
+            d_scores += dot(do, tl.trans(r), RIGHT)
+        else:
+            r = v
+            if WRITE != 0:
+                r = v * write
+            d_scores += dot(do, tl.trans(r), PRECISION)
+        dz = dz.to(tl.float32)
         if WRITE == 2:
-            store_gate(d_write_ptr + first * V, dz * v, rows, T, H, V, vv, 2, RAGGED_V)
-            dz *= write
+            store_tile(d_write_ptr + first * V, dz * v, row, T, H * V, V, columns, RAGGED_V)
         elif WRITE == 1:
             d_write += tl.sum(dz * v, 1)
+        if WRITE != 0:
             dz *= write
-        store_rows(dv_ptr + first * V, dz, rows, T, H * V, V, vv, RAGGED_V)
+        store_tile(dv_ptr + first * V, dz, row, T, H * V, V, columns, RAGGED_V)
     if WRITE == 1:
-        store_gate(d_write_ptr + first, d_write[:, None], rows, T, H, V, kk, 1, RAGGED)
+        store_scalar_gate(d_write_ptr + first, d_write, rows, T, H)
 
-    # loaded a second time: held through the loop above they would not fit the registers
-    q, k, erase, log_decay = load_keys(
-        q_ptr, k_ptr, log_decay_ptr, erase_ptr, first, rows, T, H, scale, K, kk, DECAY, ERASE, RAGGED_K
-    )
-    e = k * erase
-    dg = tl.zeros((C, 1), tl.float32)
-    if DECAY != 0:
-        before, after, whole = chunk_decay(log_decay, C, DECAY, EXACT)
-        dq *= before
-        de *= before
-        dk *= after
-        enter = q * dq
+    s = tl.arange(0, C)[None, :]
+    d_scores = tl.where(local >= s, d_scores, 0.0)
+    d_t = tl.where(local > s, d_t, 0.0)
+    if DECAY == 1:
+        log_decay = load_log_decay(log_decay_ptr, first, rows, T, T, H, K, rows, 1, RAGGED)
+        between = pair_decay(log_decay, C)
+        d_scores *= between
+        kk = tl.arange(0, BK)[None, :]
+        q = load_tile(q_ptr + first * K, row, T, H * K, K, kk, RAGGED_K)
+        k = load_tile(k_ptr + first * K, row, T, H * K, K, kk, RAGGED_K)
+        through = d_scores * (dot(q, tl.trans(k), PRECISION) * scale)
         if ERASE != 0:
-            enter += e * de
-        leave = k * dk
-        if DECAY == 2:
-            dg = sum_rows(mask_of(r <= s), enter, EXACT) + sum_rows(mask_of(r > s), leave, EXACT)
-            dg += (tl.sum(whole, 1) * kept)[None, :]
-        else:
-            enter_row = tl.trans(tl.broadcast_to(tl.sum(enter, 1)[:, None], (C, C)))
-            leave_row = tl.trans(tl.broadcast_to(tl.sum(leave, 1)[:, None], (C, C)))
-            dg = tl.sum(tl.where(r <= s, enter_row, 0.0) + tl.where(r > s, leave_row, 0.0), 1)[:, None]
-            dg += whole * tl.sum(kept, 0)
-    d_scores = tl.where(r >= s, d_scores, 0.0)
-    d_t = tl.where(r > s, d_t, 0.0)
-    dq, dk, de, dg = scores_backward(
-        q, k, e, log_decay, d_scores, d_t, dq, dk, de, dg, C, LEVELS, DECAY, ERASE, PRECISION, EXACT
-    )
-    if DECAY == 2:
-        dg = tl.where(log_decay > LOG2_FLOOR, dg, 0.0)
-        store_gate(d_log_decay_ptr + first * K, dg, rows, T, H, K, kk, 2, RAGGED_K)
-    elif DECAY == 1:
-        dg = tl.where(log_decay > LOG2_FLOOR, dg, 0.0)
-        store_gate(d_log_decay_ptr + first, dg, rows, T, H, K, kk, 1, RAGGED)
-    if ERASE == 2:
-        store_gate(d_erase_ptr + first * K, de * k, rows, T, H, K, kk, 2, RAGGED_K)
-        dk += de * erase
-    elif ERASE == 1:
-        store_gate(d_erase_ptr + first, de * k, rows, T, H, K, kk, 1, RAGGED)
-        dk += de * erase
-    store_rows(dq_ptr + first * K, dq * scale, rows, T, H * K, K, kk, RAGGED_K)
-    store_rows(dk_ptr + first * K, dk, rows, T, H * K, K, kk, RAGGED_K)
+            d_t *= between
+            if ERASE == 2:
+                e = k * load_gate(erase_ptr, first, row, T, H, K, kk, 2, RAGGED_K)
+                through += d_t * dot(e, tl.trans(k), PRECISION)
+            else:
+                beta = load_gate(erase_ptr, first, row, T, H, K, kk, 1, RAGGED_K)
+                through += d_t * (dot(k, tl.trans(k), PRECISION) * beta)
+        # gate i takes every pair with s < i <= r: until[i, r] sums the pairs of row r with s < i
+        until = sum_rows(ordered(1, C, 3), tl.trans(through), RIGHT)
+        store_scalar_gate(d_log_decay_ptr + first, tl.sum(tl.where(s >= local, until, 0.0), 1), rows, T, H)
+    store_square(d_scores_ptr, d_scores * scale, at, C)
+    if ERASE != 0:
+        store_square(d_triangle_ptr, d_t, at, C)

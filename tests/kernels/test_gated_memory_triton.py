@@ -6,6 +6,7 @@ import pytest
 import torch
 from triton_interpreter import compiled, interpreted, poisoned, run_in_a_fresh_process  # noqa: F401
 
+from kernels import mlstm
 from kernels.gated_memory import triton as ours
 from kernels.gated_memory.reference import gated_memory_reference
 
@@ -84,9 +85,17 @@ def compare(inputs, signs, limit=1e-5):
 )
 def test_every_gate_kind(number, monkeypatch):
     T, K, V = SHAPES[number % len(SHAPES)]
-    fused = number % 2 == 0
     launch = ours.Launch(
-        chunk=16, value_block=16, scores_warps=0 if fused else 1, state_warps=1, chunk_warps=1, stages=1
+        chunk=(16, 32, 64)[number % 3],
+        prepare_warps=1,
+        value_block=16,
+        state_warps=1,
+        stages=1,
+        key_block=16,
+        chunk_warps=1,
+        chunk_stages=1,
+        pair_block=16,
+        pair_warps=1,
     )
     monkeypatch.setattr(ours, "launch_of", lambda *_: launch)
     inputs, signs = inputs_of(
@@ -209,6 +218,25 @@ def test_vmap_folds_replicas_into_the_batch():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     inside = torch.func.vmap(torch.func.grad(loss, argnums=1), in_dims=(0,) * 6 + (None,))(*stacked, shared)
     torch.testing.assert_close(inside, expected[1], rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("initial", [False, True])
+def test_mlstm_with_its_normaliser_as_one_more_column(initial):
+    B, T, H, K, V = 1, 19, 2, 8, 16
+    rng = torch.Generator().manual_seed(12)
+    sizes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H), (B, T, H)]
+    sizes += [(B, H, K, V), (B, H, K), (B, H)] if initial else []
+    inputs = [torch.randn(size, generator=rng) for size in sizes]
+    inputs[3], inputs[4] = 3 * inputs[3], 3 * inputs[4] + 1
+    found = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        h, state = mlstm(*leaves[:5], initial_state=tuple(leaves[5:]) or None, backend=backend)
+        loss = h.square().sum() + sum((x * x.detach()).sum() for x in state)
+        found.append([h, *state, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*found, strict=True):
+        assert (a.double() - b).norm() < 1e-5 * b.norm().clamp_min(1e-3)
 
 
 @interpreted

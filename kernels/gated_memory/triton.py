@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.folding import fold, unfold
 from kernels.gated_memory.triton_backward import state_backward_kernel, value_backward_kernel
 from kernels.gated_memory.triton_forward import forward_kernel
 from kernels.gated_memory.triton_keys import key_backward_kernel
@@ -201,8 +202,8 @@ class GatedMemory(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         """Fold the replicas into the batch."""
-        folded = [fold(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims, strict=True)]
-        return unfold(GatedMemory.apply(*folded), info.batch_size)
+        folded = fold(info.batch_size, in_dims[:7], inputs[:7])
+        return unfold(info.batch_size, GatedMemory.apply(*folded, *inputs[7:]))
 
 
 class PlainGatedMemory(torch.autograd.Function):
@@ -304,8 +305,8 @@ class GatedMemoryBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         """Fold the replicas into the batch."""
-        folded = [fold(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims, strict=True)]
-        return unfold(GatedMemoryBackward.apply(*folded), info.batch_size)
+        folded = fold(info.batch_size, in_dims[:-1], inputs[:-1])
+        return unfold(info.batch_size, GatedMemoryBackward.apply(*folded, inputs[-1]))
 
 
 def transforms_active() -> bool:
@@ -322,17 +323,3 @@ def device_of(x: Tensor):
     """Make the tensor's GPU the current one for a launch."""
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
-
-
-def fold(x, dim: int | None, replicas: int):
-    """Move a replica axis into the batch axis (axis 0); what has none is repeated."""
-    if not isinstance(x, Tensor):
-        return x
-    x = x.expand(replicas, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.reshape(replicas * x.shape[1], *x.shape[2:])
-
-
-def unfold(outputs, replicas: int):
-    """Undo :func:`fold` for the outputs of a function, with their axes."""
-    split = tuple(None if x is None else x.unflatten(0, (replicas, -1)) for x in outputs)
-    return split, tuple(None if x is None else 0 for x in split)

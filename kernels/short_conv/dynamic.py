@@ -49,9 +49,9 @@ def dynamic_short_conv(
         initial_state: [B,W-1,D], the W-1 rows before x, oldest first; None means zeros.
         cu_seqlens: [S+1] integers from 0 to T: x [1,T,D] holds S sequences one behind the other (empty ones
             too), each starting afresh at its limit; states are then [S,W-1,D]. None: one sequence a row.
-        backend: ``"fused"`` (torch, one pass a tap), ``"triton"`` (GPU, one pass; width up to 8, rank up to
-            64, not fp64), ``"reference"`` (token loop) or ``"auto"``: fused, unless ARENA_BACKEND names
-            another.
+        backend: ``"fused"`` (torch, one pass a tap, any rank and width), ``"triton"`` (GPU, one pass; width
+            up to 8, rank up to 64 in 16 bits (62 at widths above 4), to 30 in fp32 (14 there), not fp64),
+            ``"reference"`` (token loop) or ``"auto"``: what the table in ``kernels/backends.py`` says.
 
     Returns:
         y [B,T,D] and the state [B,W-1,D] that continues the sequence, both of x's type.

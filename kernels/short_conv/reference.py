@@ -23,9 +23,11 @@ def kernel_refusal(x: Tensor, width: int, rank: int = 1) -> str | None:
         return f"takes float32, bfloat16 or float16, not {x.dtype}"
     if width > MAX_TRITON_WIDTH or rank > MAX_TRITON_RANK:
         return f"takes widths up to {MAX_TRITON_WIDTH} and ranks up to {MAX_TRITON_RANK}, not {width}, {rank}"
-    sums, most = width * padded(rank + 2), MAX_TRITON_SUMS // (4 if x.dtype == torch.float32 else 1)
-    if rank > 1 and sums > most:  # they would not fit on chip
-        return f"takes ranks up to {most // width - 2} at width {width} in {x.dtype}, not {rank}"
+    most = MAX_TRITON_SUMS // (4 if x.dtype == torch.float32 else 1) // width
+    if rank > 1 and padded(rank + 2) > most:  # with the two of the static taps; their sums are kept on chip
+        return (
+            f"takes ranks up to {(1 << most.bit_length() - 1) - 2} at width {width} in {x.dtype}, not {rank}"
+        )
     return None
 
 

@@ -53,7 +53,7 @@ def dynamic_triton(
 ) -> Tensor:
     """The output of :func:`kernels.dynamic_short_conv`. Sums in fp32; deterministic.
 
-    Width up to 8, rank up to 64, not fp64. Low-rank in 16 bits: products take 16-bit operands.
+    What it takes: ``reference.triton_refusal``. Low-rank in 16 bits: products take 16-bit operands.
     """
     width = u.shape[1] if u is not None else filters.shape[2]  # type: ignore[union-attr]
     tensors = (x, z, u, filters, bias, initial_state, *places_of(packing, width))

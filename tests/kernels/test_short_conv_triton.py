@@ -221,6 +221,15 @@ def test_what_the_kernels_do_not_take_is_refused():
         short_conv(x.double(), weight[:4].double(), backend="triton")
     with pytest.raises(ValueError, match="ranks up to 64"):
         dynamic_short_conv(x, z=torch.zeros(1, 5, 65), u=torch.zeros(65, 4, 4), backend="triton")
+    with pytest.raises(ValueError, match=r"ranks up to 30 at width 3 in torch\.float32, not 31"):
+        dynamic_short_conv(x, z=torch.zeros(1, 5, 31), u=torch.zeros(31, 3, 4), backend="triton")
+    with pytest.raises(ValueError, match=r"ranks up to 62 at width 8 in torch\.bfloat16, not 63"):
+        dynamic_short_conv(
+            x.bfloat16(),
+            z=torch.zeros(1, 5, 63).bfloat16(),
+            u=torch.zeros(63, 8, 4).bfloat16(),
+            backend="triton",
+        )
 
 
 @pytest.mark.parametrize("limits", [[0, 3], [1, 5], [0, 4, 3, 5], [5]])

@@ -42,7 +42,7 @@ def slstm(
         backend: ``"fused"`` (torch, hand-derived gradient), ``"numba"`` (the same with its elementwise work
             compiled; fp32 on CPU where numba is installed), ``"triton"`` (a launch for the whole sequence, on
             GPUs; up to 128 channels a head, not fp64), ``"reference"`` (token loop) or ``"auto"``:
-            ``"numba"`` where it can run, else ``"fused"``, unless ARENA_BACKEND names another.
+            what ARENA_BACKEND names, else the table of :mod:`kernels.backends`.
 
     Returns:
         h [B,T,H,K] of the gates' type, and the state (h, c, n, m) after the last token in fp32 (fp64 for fp64

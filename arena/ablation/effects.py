@@ -23,9 +23,9 @@ from arena.model import ModelConfig, build_model
 from arena.statistics import (
     MIN_UNITS,
     bootstrap_interval,
+    claim_seeds,
     holm,
     interquartile_mean,
-    seeds_needed,
     sign_flip_test,
 )
 
@@ -160,7 +160,7 @@ def seeds_for_a_claim(ablation: Ablation) -> tuple[int, int]:
     changes = sum(
         fields["kind"] == "main" for fields, *_ in _contrasts(entries, entries[ablation.base])
     ) * len(ablation.experiment.tasks)
-    return changes, max(MIN_UNITS, seeds_needed(max(changes, 1), ALPHA))
+    return changes, claim_seeds(max(changes, 1), ALPHA)
 
 
 def summary(values: Sequence[float]) -> dict[str, float | int | None]:
@@ -291,7 +291,7 @@ def _judged(table: pl.DataFrame) -> pl.DataFrame:
         family = table.filter(longest, pl.col("kind") == kind)
         if family.height:
             adjusted |= dict(zip(family["row"], holm(family["p"].to_numpy()).tolist(), strict=True))
-            needed[kind] = max(MIN_UNITS, seeds_needed(family.height, ALPHA))
+            needed[kind] = claim_seeds(family.height, ALPHA)
     table = table.with_columns(
         p_holm=pl.col("row").replace_strict(adjusted, default=None, return_dtype=pl.Float64),
         needed=pl.col("kind").replace_strict(needed, default=None, return_dtype=pl.Int64),

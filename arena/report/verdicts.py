@@ -25,6 +25,7 @@ import polars as pl
 from arena.report.tables import scores
 from arena.statistics import (
     MIN_UNITS,
+    claim_seeds,
     clopper_pearson,
     detectable_effect,
     equivalence_test,
@@ -179,8 +180,7 @@ def _compared(
 def _judge(row: dict[str, Any], trials: Sequence[int]) -> None:
     """Enter ``needed``, and ``claim`` or the ``reason`` why there is none."""
     equal = row["kind"] == "equal"
-    seeds = seeds_needed(row["family"], ALPHA)
-    row["needed"] = max(1, seeds - 1) if equal else max(MIN_UNITS, seeds)
+    row["needed"] = claim_seeds(row["family"], ALPHA, equal=equal)
     if row["seeds"] < row["needed"]:
         row["reason"] = f"needs {row['needed']} paired seeds, has {row['seeds']}"
         return

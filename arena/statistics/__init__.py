@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from arena.statistics.best_of_n import expected_best, expected_best_band
 from arena.statistics.comparison import (
+    claim_seeds,
     detectable_effect,
     equivalence_test,
     holm,
@@ -27,6 +28,7 @@ from arena.statistics.intervals import (
 __all__ = [
     "MIN_UNITS",
     "bootstrap_interval",
+    "claim_seeds",
     "clopper_pearson",
     "detectable_effect",
     "equivalence_test",

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from arena.statistics.intervals import Scores, finite_scores
+from arena.statistics.intervals import MIN_UNITS, Scores, finite_scores
 
 EXACT_PAIRS = 20
 """Up to so many pairs that differ, every one of the 2^n sign patterns is counted."""
@@ -120,6 +120,16 @@ def seeds_needed(m: int, alpha: float = 0.05) -> int:
     while 2.0 ** (1 - seeds) > alpha / m:
         seeds += 1
     return seeds
+
+
+def claim_seeds(m: int, alpha: float = 0.05, *, equal: bool = False) -> int:
+    """Fewest paired seeds with which one of a family of m comparisons can be claimed.
+
+    Those of :func:`seeds_needed`, and :data:`MIN_UNITS` for the interval that a claim of a difference needs.
+    A claim of equality (``equal``) needs no interval, and each of its tests is one-sided: 2^-n <= alpha / m.
+    """
+    seeds = seeds_needed(m, alpha)
+    return max(1, seeds - 1) if equal else max(MIN_UNITS, seeds)
 
 
 def detectable_effect(n: int, m: int, alpha: float = 0.05, power: float = 0.8) -> float | None:

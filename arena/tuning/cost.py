@@ -152,14 +152,14 @@ def cost_lines(
 
 def family_lines(section: TuningSection, tasks: int) -> list[str]:
     """Whether the reported seeds suffice for the declared comparisons, before anything is trained."""
-    from arena.statistics import seeds_needed
+    from arena.statistics import claim_seeds
 
     lines = []
     seeds = len(section.report_seeds)
     for what, count in (("pairs", len(section.pairs)), ("equivalences", len(section.equivalence))):
         if not count:
             continue
-        needed = seeds_needed(count * tasks)
+        needed = claim_seeds(count * tasks, equal=what == "equivalences")
         enough = "are declared" if seeds >= needed else "are declared: NO CLAIM will be possible"
         lines.append(
             f"seeds: {count} {what} x {tasks} tasks are a family of {count * tasks} comparisons, which needs "

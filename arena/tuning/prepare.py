@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from arena.grid.experiment import Experiment
-from arena.grid.plan import Setting, plan_settings
+from arena.grid.fields import ExperimentError
+from arena.grid.plan import Setting, canonical, plan_settings
 from arena.grid.store import write_whole
 from arena.grid.tuning_section import TuningSection
 from arena.tuning.cost import Probes, cost_lines, crew_size, family_lines
 from arena.tuning.exploit import check_sampler
+from arena.tuning.flops import relative
 from arena.tuning.ledger import ledger_lines, ledger_table
-from arena.tuning.match import Quantity, Solution, model_quantity, plan_solved, solve_all
+from arena.tuning.match import TOLERANCE, Quantity, Solution, model_quantity, plan_solved, solve_all
 from arena.tuning.select import metric_lengths
-from arena.tuning.space import Space, make_space, own_override
+from arena.tuning.space import Point, Space, make_space, own_override
 
 PANEL_RATES = 9
 """Learning rates of a panel, over the whole range of the space."""
@@ -34,17 +36,35 @@ def check(experiment: Experiment, section: TuningSection, device: str) -> Space:
     """
     check_sampler(section.exploit)
     space = make_space(experiment, section)
-    for setting in plan_settings(experiment, device=device):
+    both = sorted({*section.search_seeds} & {*PANEL_SEEDS}) if section.panel else []
+    if both:  # a point at a bound would be a run of the panel too
+        raise ExperimentError(f"search_seeds has {both}, which are seeds of the panel: give others")
+    plain = plan_settings(experiment, device=device)
+    for setting in plain:
         metric_lengths(setting, section)
-    for arm in space.own:
+    if space.own:
         for point in space.search_points():
-            plan_solved(experiment, [], device, arm=arm, own=own_override(point.own[arm]))
+            own = [s for arm in space.own for s in _plan_own(experiment, [], device, arm, point)]
+            _refuse_twins([s for s in plain if s.arm not in space.own] + own, point)
     return space
+
+
+def _refuse_twins(settings: Sequence[Setting], point: Point) -> None:
+    """ExperimentError where own parameters turn an architecture into another one: one run, two trials."""
+    seen: dict[str, str] = {}
+    for setting in settings:
+        task = setting.shared["task"]
+        twin = seen.setdefault(canonical([setting.shared["model"], task]), setting.arm)
+        if twin != setting.arm:
+            raise ExperimentError(
+                f"[tuning.own] makes {twin!r} and {setting.arm!r} the same model on task {task['name']!r} at "
+                f"point {point.number}: drop that value, or one of the two"
+            )
 
 
 def prepare(
     experiment: Experiment,
-    section: TuningSection,
+    space: Space,
     folder: Path,
     *,
     device: str,
@@ -56,7 +76,7 @@ def prepare(
 
     Args:
         experiment: with its ``[tuning]`` section.
-        section: that section.
+        space: of that section.
         folder: ``DIR/tuning``.
         device: ``cpu`` or ``cuda``.
         workers: processes; None: one a core, or one a GPU.
@@ -65,7 +85,11 @@ def prepare(
 
     Returns:
         Every architecture on every task as it is to be trained, and what was solved for it.
+
+    Raises:
+        ExperimentError: what an architecture varies for itself undoes the match.
     """
+    section = space.section
     written = plan_settings(experiment, device=device)
     count, threads = crew_size(workers, gpus, len(written))
     probes = Probes(folder / "probes.json", device=device, threads=threads)
@@ -84,6 +108,7 @@ def prepare(
 
         solved = solve_all(experiment, written, quantity, folder / "matched.json")
     settings = plan_solved(experiment, solved, device)
+    _refuse_unmatching(experiment, space, settings, solved, device)
     seconds = {index: probes.seconds(setting) for index, setting in enumerate(settings)}
     ledger = ledger_table(settings, section, seconds)
     write_parquet(folder / "ledger.parquet", ledger)
@@ -95,6 +120,41 @@ def prepare(
     for line in lines:
         say(line)
     return settings, solved
+
+
+def _plan_own(
+    experiment: Experiment, solved: Sequence[Solution], device: str, arm: str, point: Point
+) -> list[Setting]:
+    """An arm on every task as it is at a point, with its own parameters."""
+    return plan_solved(experiment, solved, device, arm=arm, own=own_override(point.own[arm]))
+
+
+def _refuse_unmatching(
+    experiment: Experiment,
+    space: Space,
+    settings: Sequence[Setting],
+    solved: Sequence[Solution],
+    device: str,
+) -> None:
+    """ExperimentError where an architecture's own parameters undo what was matched without them.
+
+    Times are left out: measuring them at every point would take longer than the search.
+    """
+    section = space.section
+    if section.match in ("none", "time"):
+        return
+    for arm in space.own:
+        base = [setting for setting in settings if setting.arm == arm]
+        for point in space.search_points():
+            for plain, setting in zip(base, _plan_own(experiment, solved, device, arm, point), strict=True):
+                quantity = model_quantity(section.match, setting.train.train_lengths[1])
+                before, after = (quantity.measure(s.shared["model"]) for s in (plain, setting))
+                if abs(relative(after, before)) > TOLERANCE[section.match]:
+                    raise ExperimentError(
+                        f"[tuning.own.{arm}]: {canonical(dict(point.own[arm]))} changes the {section.match} "
+                        f"by {100 * relative(after, before):+.1f} %, which match = {section.match!r} keeps "
+                        "equal: drop one"
+                    )
 
 
 def write_parquet(path: Path, frame: pl.DataFrame) -> None:

@@ -106,6 +106,8 @@ class Space:
     axes: tuple[Axis, ...]
     own: Mapping[str, Mapping[str, OwnParameter]]
     section: TuningSection
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    """Shared parameters that the experiment fixes, as the space has no bounds for them."""
     id: str = field(init=False)
     """Hash of all that decides which points are tried and which one wins: the column ``space``."""
 
@@ -121,6 +123,7 @@ class Space:
                 arm: {key: value.model_dump() for key, value in mine.items()} for arm, mine in own.items()
             },
             "extension": self.section.extension_points,
+            **({"fixed": dict(self.fixed)} if self.fixed else {}),
             "first": [round(u, 9) for u in sobol(1, self.section.point_seed)[0]],
             **{name: getattr(self.section, name) for name in names},
         }
@@ -189,7 +192,10 @@ def make_space(experiment: Experiment, section: TuningSection) -> Space:
                     f"[tuning.own.{arm}] varies {name}, which match = {section.match!r} keeps equal: drop one"
                 )
     axes = tuple(Axis(name, *declared[name]) for name in SHARED if name in declared)
-    return Space(axes=axes, own=section.own, section=section)
+    given = experiment.train.model_dump(include=set(SHARED), exclude_none=True)
+    given |= {"lr": experiment.lr[0], "weight_decay": experiment.weight_decay[0]}
+    fixed = {name: given[name] for name in SHARED if name in given and name not in declared}
+    return Space(axes=axes, own=section.own, section=section, fixed=fixed)
 
 
 def own_names(experiment: Experiment, arm: str) -> list[str]:

@@ -98,7 +98,7 @@ def tune(
         with store.turn():  # who joins finds it done
             name = identity(folder / "folder")
             settings, solved = prepare(
-                experiment, section, folder, device=device, workers=workers, gpus=gpus, say=say
+                experiment, space, folder, device=device, workers=workers, gpus=gpus, say=say
             )
         report = TuneReport(planned=0)
         tuner = _Tuner(
@@ -244,7 +244,13 @@ class _Tuner:
                 time.sleep(POLL)
 
     def _train(self, crew: Crew, runs: Sequence[Run], trials: Trials) -> None:
-        self.runs |= {run.id: run for run in runs}
+        for run in runs:  # one run has one row: what it is to the tuning must be one thing too
+            held = self.runs.setdefault(run.id, run)
+            if held.notes != run.notes:
+                raise ExperimentError(
+                    f"{held.label}: trial {held.trial} of stage {held.stage!r} would be the same run as "
+                    f"trial {run.trial} of stage {run.stage!r} of {run.arm!r}: give other parameters"
+                )
         # a request that is complete keeps the plan that it had: this one may still lack later stages
         if not all((self.store.runs / run.id).is_dir() for run in runs):
             self.store.record_request(self.experiment.name, self.request, list(self.runs.values()))

@@ -14,6 +14,7 @@ import tuning_fakes
 from tuning_fakes import STUDIES, complete, drive, studies
 
 from arena.grid import load_results
+from arena.grid.fields import ExperimentError
 from arena.tuning.exploit import batches
 from arena.tuning.select import best
 from arena.tuning.study import Outcome
@@ -216,6 +217,61 @@ def test_a_failed_run_stops_the_choice_and_is_tried_again(tmp_path):
         states = [trial.state.name for trial in study.trials]
         assert states.count("COMPLETE") == 4
         assert states.count("FAIL") == (4 if study.user_attrs["arm"] == "mlstm" else 0)
+
+
+def test_what_the_space_does_not_vary_is_part_of_the_study(tmp_path, monkeypatch):
+    """Or a winner would be chosen by the scores of runs that had another weight decay, or another clip."""
+    only_rates = {"space": {"lr": [1e-3, 1e-1]}, "extension": 0}
+    first = drive(tmp_path, tuning=only_rates, weight_decay=[0.1])
+    for number, changes in enumerate(
+        ({"weight_decay": [0.0]}, {"train": tuning_fakes.SMALL["train"] | {"clip": 0.5}}), start=1
+    ):
+        monkeypatch.setenv("FAKE_BEST", "3")  # other runs with other scores
+        report = drive(tmp_path, tuning=only_rates, **changes)
+        assert set(first.winners["lr"]) != set(report.winners["lr"])
+        rows = load_results(tmp_path).filter(stage="search", metric="accuracy", split="valid")
+        scores = rows.group_by("arm", "task", "trial").agg(pl.col("value").mean())
+        for row in report.winners.iter_rows(named=True):
+            mine = scores.filter(arm=row["arm"], task=row["task"])
+            assert row["score"] == pytest.approx(mine["value"].max(), abs=1e-12)
+        assert len(studies(tmp_path)) == STUDIES * (1 + number)
+
+
+@pytest.mark.parametrize("kind", ["tpe", "gp"])
+def test_an_adaptive_sampler_that_comes_back_to_a_bound_gives_new_points(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("FAKE_BEST", "0.5")  # the best rate is above the range
+    space = {"space": {"lr": [1e-3, 1e-1]}, "extension": 0, "exploit": kind, "trials": 12}
+    report = drive(tmp_path, archs=["gdn"], tuning=space)
+    assert set(report.winners["n_points"]) == {4 + 12}
+    for study in studies(tmp_path):
+        assert len({trial.params["lr"] for trial in complete(study)}) == 4 + 12
+
+
+def test_own_parameters_that_make_two_architectures_one_are_refused(tmp_path):
+    """The same run would be a trial of both, and be told to one."""
+    with pytest.raises(ExperimentError, match="makes 'bare' and 'gdn' the same model on task 'mqar'"):
+        drive(
+            tmp_path / "out",
+            archs=["gdn", "bare"],
+            arms={"bare": {"arch": "gdn", "conv": "none"}},
+            tuning={"own": {"gdn": {"conv": {"choices": ["none", "static"]}}}},
+        )
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ExperimentError, match="seeds of the panel"):
+        drive(tmp_path / "out", tuning={"search_seeds": [0, 2001], "panel": ["gdn"]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_never_two_things(tmp_path, monkeypatch):
+    monkeypatch.setattr("arena.tuning.prepare._refuse_twins", lambda settings, point: None)
+    with pytest.raises(ExperimentError, match="would be the same run as trial 0 of stage 'search' of 'bare'"):
+        drive(
+            tmp_path,
+            archs=["gdn", "bare"],
+            arms={"bare": {"arch": "gdn", "conv": "none"}},
+            tuning={"own": {"gdn": {"conv": {"choices": ["none", "static"]}}}},
+        )
+    assert not any((tmp_path / "runs").iterdir())
 
 
 def arena(*words):

@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import tuning_fakes
 
+from arena.grid.fields import ExperimentError
 from arena.grid.plan import plan_settings
 from arena.model import ModelConfig, build_model, model_params
 from arena.tuning.flops import flops_per_token
@@ -135,6 +136,16 @@ def test_what_cannot_be_matched_is_flagged(tmp_path):
     )
     assert dict(table.select("arm", "matched").iter_rows()) == {"gdn": True, "mlstm": False}
     assert "UNMATCHED" in ledger_lines(table)[1]
+
+
+def test_own_parameters_that_undo_the_match_are_refused(tmp_path):
+    own = {"gdn": {"conv": {"choices": ["none", "dynamic-lowrank"]}}}
+    with pytest.raises(ExperimentError, match=r"\[tuning.own.gdn\].* changes the params by .* drop one"):
+        tuning_fakes.drive(tmp_path, archs=["gdn", "swa"], tuning={"match": "params", "own": own})
+    assert not any((tmp_path / "runs").iterdir())
+    window = {"swa": {"window": {"choices": [2, 4]}}}  # leaves the parameters alone
+    report = tuning_fakes.drive(tmp_path, archs=["gdn", "swa"], tuning={"match": "params", "own": window})
+    assert report.winners is not None
 
 
 def test_a_hidden_width_is_exact_and_absent_fields_leave_ids_alone():

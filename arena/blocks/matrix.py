@@ -25,6 +25,7 @@ from arena.blocks.gates import Gates, GateValues
 from arena.blocks.outer import COMMON, LayerSpec, OutputGate, RMSNorm, ShortConv, l2_norm, xavier_
 from arena.blocks.registry import register
 from arena.memory import GateSpec
+from kernels.gated_memory.mlstm import EPS, stabiliser
 
 
 class Inputs(NamedTuple):
@@ -172,7 +173,7 @@ class MemoryBlock(Block):
         if factor is not None:
             trace["output_gate"] = factor
         if self.spec.normaliser != "none":
-            trace["normaliser"] = self.divisor(self._total(into, state))
+            trace["normaliser"] = self.divisor(self._total(into, state)) + self._beside(into, state)
         if states:
             trace["state"] = self._every_state(into, state)
         return trace
@@ -197,6 +198,14 @@ class MemoryBlock(Block):
             scale=scale,
             initial_state=start,
         )[0]
+
+    def _beside(self, into: Inputs, state: State | None) -> Tensor | float:
+        """What mLSTM adds to its divisor, 1e-6 relative to its stabiliser: 1e-6 exp(m), [B,T,H,1]."""
+        i, log_f = into.gates.input_gate, into.gates.log_decay
+        if i is None or log_f is None:
+            return 0.0
+        start = i.new_full(i[:, 0].shape, -torch.inf) if state is None else state["stabiliser"]
+        return EPS * stabiliser(i.double(), log_f.double(), start).exp()[..., None]
 
     def _every_state(self, into: Inputs, state: State | None) -> Tensor:
         """The memory after every token, [B,T,H,K,V]."""

@@ -91,8 +91,8 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "token",
         "what the read is divided by",
-        "mLSTM: max(|n_t . q_t|, 1); linear attention: n_t . q_t + 1e-6; sLSTM: n_t relative to its "
-        "stabiliser exp(m_t), mean over channels",
+        "mLSTM: max(|n_t . q_t|, 1) + 1e-6 exp(m_t); linear attention: n_t . q_t + 1e-6; sLSTM: n_t "
+        "relative to its stabiliser exp(m_t), mean over channels",
     ),
     "cell_norm": Quantity(
         "state",
@@ -283,14 +283,15 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "token (last of the write)",
         "the same share for the other keys that are bound, mean",
-        "as old_value_left, over the other keys; n is their number",
+        "as old_value_left, over the other keys whose value is held; n is the number of all others",
     ),
     "interference": Quantity(
         "edit",
         "1",
         "token (last of the write)",
         "change of what other keys read over the write (decay included), mean",
-        "||(S_t - S_t')^T k_o|| / ||S_t'^T k_o|| over the other bound keys o; n is their number",
+        "||(S_t - S_t')^T k_o|| / ||S_t'^T k_o|| over the other bound keys o whose value is held (0.05, as "
+        "above); n is the number of all others",
     ),
     "previous_write_share": Quantity(
         "edit",

@@ -138,6 +138,9 @@ def side_by_side(task: Task) -> tuple[list[str], list[list[str]]]:
         "effective rank of the memory": runs("state_effective_rank"),
         "old value left after a write": runs("old_value_left"),
         "values of other keys left": runs("other_value_left"),
+        "share of the write before the last in what a question reads, 0: the last alone": runs(
+            "previous_write_share"
+        ),
         "true state decoded": lambda arm: probes.filter(arm=arm)["accuracy"].drop_nulls().to_list(),
         **{
             f"effect of freezing {gate}": functools.partial(_effect_of_freezing, task, gate) for gate in GATES

@@ -1,6 +1,7 @@
 """Every gate of a model passes through a function: the blocks know nothing of it.
 
 Methods are wrapped on the instances, and restored when the context ends, so that training never meets them.
+Contexts may be nested: each sees the gates as the other one leaves them.
 
 Axes: B batch, T tokens, H heads, C channels of a gate (1, or the head's K or V).
 """
@@ -9,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from arena.blocks.attention import Attention
 from arena.blocks.base import Block, State
@@ -21,8 +24,10 @@ from arena.blocks.matrix import Inputs, MemoryBlock
 from arena.blocks.recurrent import RecurrentBlock
 from arena.dynamics.record import blocks_of
 
-Hook = Callable[[int, dict[str, Tensor], int], dict[str, Tensor]]
+Hook = Callable[[int, dict[str, Tensor], int | None], dict[str, Tensor]]
 """(layer, gate values by name, each [B,T,H,C], position of the first token) -> values to use instead.
+
+The position counts on where a state continues a sequence; None: the state is not from within the context.
 
 Names and values are those of the trace vocabulary: ``decay`` (signed), ``erase``, ``write`` (in mLSTM, sLSTM
 and LSTM the value of the input gate), ``output``."""
@@ -36,9 +41,10 @@ def gates_of(block: Block) -> list[str]:
     """Which gates of that meaning a block has."""
     x = next(block.parameters()).new_zeros(1, 1, block.d_model)
     if isinstance(block, MemoryBlock):
-        into = block.inputs(x, None)
+        kind = type(block)  # its methods as they are outside of every context
+        into = kind.inputs(block, x, None)
         names = list(_memory_gates(into.gates))
-        return [*names, "output"] if block.output_gate(x, into) is not None else names
+        return [*names, "output"] if kind.output_gate(block, x, into) is not None else names
     if isinstance(block, RecurrentBlock):
         return ["decay", "write", "output"]
     if isinstance(block, Attention) and block.gate_out is not None:
@@ -46,60 +52,103 @@ def gates_of(block: Block) -> list[str]:
     return []
 
 
+@dataclass
+class _Place:
+    """Where in the sequence a block is."""
+
+    start: int | None = 0
+    """Position of the first token of its present call; None: unknown."""
+    read: int = 0
+    """Tokens of the call that its cell has read."""
+
+
 @contextlib.contextmanager
 def hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
     """Within the context every gate of ``model`` (a model or a block) passes through ``hook``.
 
     The gates of a matrix memory come in one call over all tokens, its output gate in another; those of a
-    recurrent cell come token by token, for they read its last output. ``trace`` shows the changed gates of
-    matrix memories; of recurrent cells it shows the pre-activations as they were, and the changed memory.
+    recurrent cell come token by token, for they read its last output. ``trace`` shows the changed gates.
     """
-    wrapped: list[tuple[nn.Module, str]] = []
+    wrapped: list[tuple[nn.Module, str, Any]] = []
+    positions = WeakTensorKeyDictionary()  # a tensor of a state -> how many tokens have been read
 
     def wrap(owner: nn.Module, name: str, make: Callable[[Any], Any]) -> None:
+        before = owner.__dict__.get(name)  # of a context around this one
         setattr(owner, name, make(getattr(owner, name)))
-        wrapped.append((owner, name))
+        wrapped.append((owner, name, before))
 
     try:
         for layer, block in enumerate(blocks_of(model)):
+            place = _Place()
+            for name in ("forward", "trace", "initial_state") if gates_of(block) else ():
+                wrap(block, name, _follow(name, place, positions))
             if isinstance(block, MemoryBlock):
-                wrap(block, "inputs", _hook_inputs(layer, hook))
-                wrap(block, "output_gate", _hook_output_gate(layer, hook))
+                wrap(block, "inputs", _hook_inputs(layer, hook, place))
+                wrap(block, "output_gate", _hook_output_gate(layer, hook, place))
             elif isinstance(block, RecurrentBlock):
-                wrap(block, "cell", _hook_cell(layer, block, hook))
+                wrap(block, "cell", _hook_cell(layer, block, hook, place))
+                wrap(block, "describe", _hook_describe(layer, block, hook, place))
             elif isinstance(block, Attention) and block.gate_out is not None:
-                wrap(block.gate_out, "forward", _hook_module(layer, hook))
+                wrap(block.gate_out, "forward", _hook_module(layer, hook, place))
         yield
     finally:
-        for owner, name in reversed(wrapped):
-            delattr(owner, name)  # the method of the class is seen again
+        for owner, name, before in reversed(wrapped):
+            if before is None:
+                delattr(owner, name)  # the method of the class is seen again
+            else:
+                setattr(owner, name, before)
 
 
-def _hook_inputs(layer: int, hook: Hook) -> Callable[[Any], Any]:
+def _follow(name: str, place: _Place, positions: WeakTensorKeyDictionary) -> Callable[[Any], Any]:
+    """Keep ``place``: a state that a call returned says where the next call goes on."""
+
+    def mark(state: State, position: int | None) -> None:
+        positions[next(iter(state.values()))] = position
+
+    def make(method: Callable[..., Any]) -> Any:
+        def create(*args: Any, **options: Any) -> State:
+            state = method(*args, **options)
+            mark(state, 0)
+            return state
+
+        def run(x: Tensor, state: State | None = None, **options: Any) -> Any:
+            place.start = 0 if state is None else positions.get(next(iter(state.values())))
+            place.read = 0
+            found = method(x, state, **options)
+            if name == "forward":
+                mark(found[1], None if place.start is None else place.start + x.shape[1])
+            return found
+
+        return create if name == "initial_state" else run
+
+    return make
+
+
+def _hook_inputs(layer: int, hook: Hook, place: _Place) -> Callable[[Any], Any]:
     def make(inputs: Callable[[Tensor, State | None], Inputs]) -> Any:
         def changed(x: Tensor, state: State | None) -> Inputs:
             into = inputs(x, state)
-            return into._replace(gates=_changed_gates(into.gates, layer, hook))
+            return into._replace(gates=_changed_gates(into.gates, layer, hook, place.start))
 
         return changed
 
     return make
 
 
-def _hook_output_gate(layer: int, hook: Hook) -> Callable[[Any], Any]:
+def _hook_output_gate(layer: int, hook: Hook, place: _Place) -> Callable[[Any], Any]:
     def make(output_gate: Callable[[Tensor, Inputs], Tensor | None]) -> Any:
         def changed(x: Tensor, into: Inputs) -> Tensor | None:
             factor = output_gate(x, into)
-            return None if factor is None else hook(layer, {"output": factor}, 0)["output"]
+            return None if factor is None else hook(layer, {"output": factor}, place.start)["output"]
 
         return changed
 
     return make
 
 
-def _hook_module(layer: int, hook: Hook) -> Callable[[Any], Any]:
+def _hook_module(layer: int, hook: Hook, place: _Place) -> Callable[[Any], Any]:
     def make(forward: Callable[[Tensor], Tensor]) -> Any:
-        return lambda x: hook(layer, {"output": forward(x)}, 0)["output"]
+        return lambda x: hook(layer, {"output": forward(x)}, place.start)["output"]
 
     return make
 
@@ -117,11 +166,11 @@ def _memory_gates(gates: GateValues) -> dict[str, Tensor]:
     return values
 
 
-def _changed_gates(gates: GateValues, layer: int, hook: Hook) -> GateValues:
+def _changed_gates(gates: GateValues, layer: int, hook: Hook, start: int | None) -> GateValues:
     before = {
         name: value[..., None] if value.dim() == 3 else value for name, value in _memory_gates(gates).items()
     }
-    after = hook(layer, dict(before), 0)
+    after = hook(layer, dict(before), start)
     exponential = gates.input_gate is not None and gates.forget_gate is not None
     changes: dict[str, Tensor] = {}
     for name, value in after.items():
@@ -153,38 +202,54 @@ def _kept(same: Tensor, old: Tensor | None, new: Tensor) -> Tensor:
     return torch.where(same, old.to(new.dtype), new)
 
 
-def _hook_cell(layer: int, block: RecurrentBlock, hook: Hook) -> Callable[[Any], Any]:
+def _changed_cell(
+    gates: dict[str, Tensor], block: RecurrentBlock, layer: int, hook: Hook, start: int | None
+) -> dict[str, Tensor]:
+    """The pre-activations i, f and o of a cell, each [B,T,H,K], with their gates changed; z as it is."""
     exponential = "n" in block.memory  # sLSTM's input gate is an exponential, LSTM's a sigmoid
+    before = {
+        "write": gates["i"].exp() if exponential else torch.sigmoid(gates["i"]),
+        "decay": torch.sigmoid(gates["f"]),
+        "output": torch.sigmoid(gates["o"]),
+    }
+    after = hook(layer, dict(before), start)
+    changed = dict(gates)
+    for name, key in (("write", "i"), ("decay", "f"), ("output", "o")):
+        same = after[name] == before[name]
+        if not same.all():
+            logarithm = exponential and name == "write"
+            new = after[name].log().clamp_min(-_LOGIT) if logarithm else _logit(after[name])
+            changed[key] = _kept(same, gates[key], new)
+    return changed
 
+
+def _hook_cell(layer: int, block: RecurrentBlock, hook: Hook, place: _Place) -> Callable[[Any], Any]:
     def make(cell: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> Any:
         def changed(gates: Tensor, memory: tuple[Tensor, ...] | None) -> Any:
             if memory is None:
                 state = block.initial_state(gates.shape[0], device=gates.device, dtype=gates.dtype)
                 memory = tuple(state[name] for name in block.memory)
             outputs = []
-            for t in range(gates.shape[1]):
-                back = torch.einsum("bhk,ghkl->bghl", memory[0].to(gates.dtype), block.recurrent)
-                i, f, z, o = (gates[:, t] + back).unbind(1)
-                before = {
-                    "write": i.exp() if exponential else torch.sigmoid(i),
-                    "decay": torch.sigmoid(f),
-                    "output": torch.sigmoid(o),
-                }
-                before = {name: value[:, None] for name, value in before.items()}
-                after = hook(layer, dict(before), t)
-                same = {name: (after[name] == before[name])[:, 0] for name in after}
-                if not same["write"].all():
-                    write = after["write"][:, 0]
-                    new = write.log().clamp_min(-_LOGIT) if exponential else _logit(write)
-                    i = _kept(same["write"], i, new)
-                if not same["decay"].all():
-                    f = _kept(same["decay"], f, _logit(after["decay"][:, 0]))
-                if not same["output"].all():
-                    o = _kept(same["output"], o, _logit(after["output"][:, 0]))
+            for gates_t in gates.split(1, 1):
+                back = torch.einsum("bhk,ghkl->bghl", memory[0].to(gates.dtype), block.recurrent)[:, None]
+                now = dict(zip("ifzo", (gates_t + back).unbind(2), strict=True))
+                at = None if place.start is None else place.start + place.read
+                now = _changed_cell(now, block, layer, hook, at)
+                place.read += 1
                 # the cell adds what it reads back
-                h, memory = cell((torch.stack([i, f, z, o], 1) - back)[:, None], memory)
+                h, memory = cell(torch.stack([now[key] for key in "ifzo"], 2) - back, memory)
                 outputs.append(h)
             return torch.cat(outputs, 1), memory
+
+        return changed
+
+    return make
+
+
+def _hook_describe(layer: int, block: RecurrentBlock, hook: Hook, place: _Place) -> Callable[[Any], Any]:
+    def make(describe: Callable[..., dict[str, Tensor]]) -> Any:
+        def changed(memory: dict[str, Tensor], gates: dict[str, Tensor]) -> dict[str, Tensor]:
+            return describe(memory, _changed_cell(gates, block, layer, hook, place.start))
 
         return changed
 

@@ -190,12 +190,9 @@ def editor(edits: Sequence[Edit], classes: Mapping[str, Tensor], *, seed: int = 
         classes: class of tokens -> bool [B,T] of the batch that the model is given.
         seed: of swaps over tokens.
     """
-    for edit in edits:
-        if edit.tokens is not None and edit.tokens not in classes:
-            near_ones = near(edit.tokens, list(classes)) or "; there are none"
-            raise ValueError(f"{edit.what}: there is no class of tokens {edit.tokens!r}{near_ones}")
+    _check_classes(edits, classes)
 
-    def hook(layer: int, values: dict[str, Tensor], start: int) -> dict[str, Tensor]:
+    def hook(layer: int, values: dict[str, Tensor], start: int | None) -> dict[str, Tensor]:
         for edit in edits:
             if edit.gate not in values or edit.layer not in (None, layer):
                 continue
@@ -212,14 +209,28 @@ def editor(edits: Sequence[Edit], classes: Mapping[str, Tensor], *, seed: int = 
     return hook
 
 
-def _places(edit: Edit, value: Tensor, classes: Mapping[str, Tensor], start: int) -> Tensor:
+def _check_classes(edits: Sequence[Edit], classes: Mapping[str, Tensor]) -> None:
+    for edit in edits:
+        if edit.tokens is not None and edit.tokens not in classes:
+            near_ones = near(edit.tokens, list(classes)) or "; there are none"
+            raise ValueError(f"{edit.what}: there is no class of tokens {edit.tokens!r}{near_ones}")
+
+
+def _places(edit: Edit, value: Tensor, classes: Mapping[str, Tensor], start: int | None) -> Tensor:
     """Bool [B,T,H,1]: where an edit applies."""
     B, T, H, _ = value.shape
+    if edit.other == "tokens" and start != 0:
+        raise ValueError(f"{edit.what}: that takes whole sequences, in one call and without a state")
     heads = torch.zeros(H, dtype=torch.bool, device=value.device)
     heads[list(range(H) if edit.heads is None else edit.heads)] = True
     where = heads[None, None, :, None].expand(B, T, H, 1)
     if edit.tokens is None:
         return where
+    if start is None:
+        raise ValueError(
+            f"{edit.what}: nothing tells which position a state from outside of the context has reached, and "
+            f"so which tokens are {edit.tokens!r}; begin the sequence within it"
+        )
     mask = classes[edit.tokens].to(value.device)[:, start : start + T]
     if mask.shape != (B, T):
         raise ValueError(f"class {edit.tokens!r} is {tuple(mask.shape)}, the model reads {(B, T)}")
@@ -272,13 +283,15 @@ def prepare(
         ValueError: as :func:`check`; no token of a class.
     """
     check(model, edits)
+    _check_classes(edits, classes)
     wanting = [edit for edit in edits if edit.action == "freeze" and edit.value is None]
     if not wanting:
         return list(edits)
     totals: dict[tuple[int, str, str | None], Tensor] = {}
     counts: dict[tuple[int, str, str | None], float] = {}
 
-    def record(layer: int, values: dict[str, Tensor], start: int) -> dict[str, Tensor]:
+    def record(layer: int, values: dict[str, Tensor], start: int | None) -> dict[str, Tensor]:
+        assert start is not None  # the model is given no state
         for gate, name in {(edit.gate, edit.tokens) for edit in wanting}:
             if gate not in values:
                 continue

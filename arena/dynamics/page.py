@@ -11,10 +11,10 @@ import jinja2
 import polars as pl
 
 from arena.dynamics import findings, sentences
-from arena.dynamics.effects import NEAR_MINUS_ONE
+from arena.dynamics.effects import LOOKED_AT, NEAR_MINUS_ONE
 from arena.dynamics.figures import draw_figures
 from arena.dynamics.probe import DIMENSIONS, SHUFFLES
-from arena.dynamics.study import LOOKED_AT, SEQUENCES, Tables
+from arena.dynamics.study import SEQUENCES, Tables
 from arena.report.document import Document, Section, to_markdown
 from arena.report.tables import task_labels
 
@@ -99,6 +99,11 @@ _HOW_TO_READ = (
     "sequences."
 )
 
+_SIDE_BY_SIDE = (
+    "What heads have is the median over the heads of a run, each with its mean over tokens and sequences; "
+    "true state decoded: each memory of a run. -: the architecture has no such thing."
+)
+
 
 def make_page(tables: Tables, directory: str | Path, out: str | Path) -> list[Path]:
     """Write page.html, page.md and the figures of a study to ``out``.
@@ -137,7 +142,12 @@ def write_document(
     """The page as data: architectures side by side, a section a family, and what cannot be said."""
     tasks = findings.by_task(tables, labels)
     sections = [
-        Section(heading=f"{task.label}: side by side, length {task.length}", columns=columns, rows=rows)
+        Section(
+            heading=f"{task.label}: side by side, length {task.length}",
+            columns=columns,
+            rows=rows,
+            caption=_SIDE_BY_SIDE,
+        )
         for task in tasks
         for columns, rows in [findings.side_by_side(task)]
     ]

@@ -224,10 +224,10 @@ def identified_sentences(tasks: Sequence[Task]) -> Iterator[str]:
                 size = alone[0]["n_heads"]
                 rest = f"{size} other head{'s' if size > 1 else ''}"
                 sets = f" (mean of {alone[0]['heads']})" if alone[0]["heads"].endswith("sets") else ""
-                text += f". In {rest}{sets} it stays at {_with(alone[0], 'accuracy', 'accuracy_')}"
+                text += f". In {rest}{sets} it is {_with(alone[0], 'accuracy', 'accuracy_')}"
                 text += f"; the difference of the effects is {_with(against[0], 'effect', '')}"
             else:
-                text += ". Every head flips, so that there is no control"
+                text += ". No other head has an erase gate, so that there is no control"
             yield text + "."
 
 
@@ -261,7 +261,10 @@ def cannot_be_said(tasks: Sequence[Task]) -> Iterator[str]:
             task.effects.filter(role="control")["run_id"]
         )
         if without:
-            yield f"{task.label}: in {len(without)} runs every head flips: there are none to compare with."
+            yield (
+                f"{task.label}: in {len(without)} runs every head with an erase gate flips: there are none "
+                "to compare with."
+            )
         labelled = task.decodability.filter(pl.col("accuracy").is_not_null())
         if task.decodability.is_empty():
             yield f"{task.label}: no exact solver tells the state of a memory after every token, so no probe."

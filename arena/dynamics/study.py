@@ -18,6 +18,7 @@ from arena.dynamics.directory import choose_runs, measure_runs
 from arena.dynamics.effects import (
     EFFECT_COLUMNS,
     EIGENVALUE_COLUMNS,
+    LOOKED_AT,
     Intervention,
     head_eigenvalues,
     measure_effects,
@@ -33,8 +34,6 @@ from arena.report.tables import SOLVED, chosen_points, scores
 
 SEQUENCES = 8
 """Whose gates, states, transitions, retention and edits are measured (token by token)."""
-LOOKED_AT = 64
-"""Whose eigenvalues are averaged."""
 _TOKENS = 16_384
 
 RUN_COLUMNS: dict[str, tuple[Any, str]] = {

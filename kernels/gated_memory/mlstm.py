@@ -67,7 +67,7 @@ def mlstm(
         return v, (memory_0[..., :V], memory_0[..., V], m_0)
 
     i, log_f = input_gate.to(dtype), F.logsigmoid(forget_gate.to(dtype))
-    m = _stabiliser(i, log_f, m_0)
+    m = stabiliser(i, log_f, m_0)
     wanted = asked_for("mlstm", backend)
     if wanted == "mlstm_kernels":
         others = {"mlstm_kernels": lambda: nxai.refusal(q, v, initial_state)}
@@ -105,8 +105,17 @@ def mlstm(
     return h.to(v.dtype), (memory[..., :V], memory[..., V], m[:, -1])
 
 
-def _stabiliser(i_bth: Tensor, log_f_bth: Tensor, m_0_bh: Tensor) -> Tensor:
-    """Solve m_t = max(log_f_t + m_{t-1}, i_t) by running sums (float64: they grow with T) and maxima."""
+def stabiliser(i_bth: Tensor, log_f_bth: Tensor, m_0_bh: Tensor) -> Tensor:
+    """Solve m_t = max(log_f_t + m_{t-1}, i_t) by running sums (float64: they grow with T) and maxima.
+
+    Args:
+        i_bth: Pre-activation of the input gate, [B,T,H].
+        log_f_bth: Logarithm of the forget gate, [B,T,H].
+        m_0_bh: [B,H]; -inf before the first token.
+
+    Returns:
+        m [B,T,H].
+    """
     sum_bth = log_f_bth.double().clamp(min=MIN_LOG_FORGET).cumsum(1)
     top_bth = torch.maximum((i_bth - sum_bth).cummax(1).values, m_0_bh[:, None].double())
     return (top_bth + sum_bth).to(i_bth.dtype)

@@ -101,7 +101,7 @@ def test_contributions_add_up_to_the_read(arch):
         assert sorted(rows["source"]) == list(range(t + 1))
         weights = torch.tensor(rows["value"].to_list(), dtype=torch.float64)
         read = weights @ trace["v"][b, rows["source"].to_list(), head]
-        torch.testing.assert_close(read, trace["read"][b, t, head], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(read, trace["read"][b, t, head], rtol=1e-9, atol=1e-11)
 
 
 def test_contributions_with_channel_gates_are_the_mean_gradient():

@@ -281,3 +281,92 @@ def test_a_class_that_is_not_there():
         edited(model, [parse_edit("erase:zero@class=query")], {"some": torch.ones(1, 3, dtype=torch.bool)}),
     ):
         pass
+
+
+@pytest.mark.parametrize("arch", ["gdn-neg", "mlstm", "slstm", "lstm", "attention"])
+@pytest.mark.parametrize("text", ["write:clamp:0.1:0.2@class=some", "output:zero@class=some"])
+def test_a_class_means_the_same_tokens_in_pieces_and_in_steps(arch, text):
+    block, x = build(arch)
+    edit = parse_edit(text)
+    if edit.gate not in gates_of(block):
+        return
+    some = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.5
+    with edited(block, [edit], {"some": some}):
+        whole = block(x)[0]
+        first, state = block(x[:, :3])
+        rest, _ = block(x[:, 3:], state)
+        traced = [block.trace(x[:, :3]), block.trace(x[:, 3:], state)]
+        in_one = block.trace(x)
+        steps, now = [], block.initial_state(B)
+        for t in range(T):
+            y, now = block.step(x[:, t], now)
+            steps.append(y)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole)
+    torch.testing.assert_close(torch.stack(steps, 1), whole)
+    for name in ("read", "write", "decay", "output_gate"):
+        if name in in_one:
+            torch.testing.assert_close(torch.cat([trace[name] for trace in traced], 1), in_one[name])
+    assert not torch.allclose(whole, block(x)[0])
+
+
+@pytest.mark.parametrize("arch", ["slstm", "lstm"])
+def test_the_trace_of_a_cell_shows_the_changed_gates(arch):
+    """Its reads follow from its gates: read = cell (of sLSTM: / normaliser), a sum over the past."""
+    block, x = build(arch)
+    some = torch.rand(B, T, generator=torch.Generator().manual_seed(2)) < 0.5
+    with edited(block, [parse_edit("decay:freeze:0.25@class=some")], {"some": some}):
+        trace = block.trace(x)
+        cell = block(x)[1]["c"]
+    torch.testing.assert_close(trace["decay"][some], torch.full_like(trace["decay"][some], 0.25))
+    write = trace["write"] if arch == "lstm" else trace["input_gate"].exp()
+    c, n = torch.zeros_like(x[:, :1]).view(B, block.n_heads, -1), torch.zeros(B, block.n_heads, 1)
+    for t in range(T):
+        c = trace["decay"][:, t] * c + write[:, t] * trace["v"][:, t]
+        n = trace["decay"][:, t] * n + write[:, t]
+        torch.testing.assert_close(trace["read"][:, t], c.tanh() if arch == "lstm" else c / n)
+    torch.testing.assert_close(trace["cell"][:, -1], cell)
+
+
+def test_a_class_is_refused_where_positions_are_unknown():
+    block, x = build("gdn")
+    _, state = block(x[:, :3])
+    classes = {"some": torch.ones(B, T, dtype=torch.bool)}
+    with edited(block, [parse_edit("write:zero@class=some")], classes):
+        with pytest.raises(ValueError, match="a state from outside of the context"):
+            block(x[:, 3:], state)
+        with pytest.raises(ValueError, match="the model reads"):
+            block(torch.cat([x, x], 1))
+    with edited(block, [parse_edit("write:swap:tokens")], {}):
+        _, state = block(x[:, :3])
+        with pytest.raises(ValueError, match="whole sequences"):
+            block(x[:, 3:], state)
+    with edited(block, [parse_edit("write:zero")], {}):  # every token: no position is needed
+        block(x[:, 3:], state)
+
+
+@pytest.mark.parametrize("arch", ["gdn2", "slstm", "attention"])
+def test_contexts_can_be_nested(arch):
+    block, x = build(arch)
+    clean = block(x)[0]
+    some = torch.rand(B, T, generator=torch.Generator().manual_seed(3)) < 0.5
+    outer, inner = parse_edit("output:clamp:0:0.1@class=some"), parse_edit("output:freeze:0.3@head=0")
+    with edited(block, [inner, outer], {"some": some}):
+        both = block(x)[0]
+    with edited(block, [outer], {"some": some}):
+        alone = block(x)[0]
+        prepare(block, [parse_edit("output:freeze")], x, {})
+        assert torch.equal(block(x)[0], alone)
+        with pytest.raises(RuntimeError, match="stop"), hooked(block, _stop):
+            block(x)
+        assert torch.equal(block(x)[0], alone)
+        with edited(block, [inner], {}):
+            nested = block(x)[0]
+    assert torch.equal(block(x)[0], clean)
+    assert arch != "slstm" or torch.allclose(nested, both)
+    assert not torch.allclose(nested, alone)
+
+
+def test_means_of_a_class_that_is_not_there():
+    block, x = build("gdn")
+    with pytest.raises(ValueError, match="there is no class of tokens 'sore'"):
+        prepare(block, [parse_edit("decay:freeze@class=sore")], x, {"some": torch.ones(B, T).bool()})

@@ -11,6 +11,7 @@ from arena.dynamics.dictionary import QUANTITIES
 from arena.dynamics.effects import EFFECT_COLUMNS
 from arena.dynamics.page import make_page, to_html
 from arena.dynamics.probe import PROBE_COLUMNS
+from arena.dynamics.sentences import identified_sentences
 from arena.dynamics.study import Choice, study
 from arena.grid import run_experiment
 from arena.grid.experiment import ExperimentError, parse_experiment
@@ -207,3 +208,43 @@ def test_html_of_any_document():
     section = Section(heading="A", lines=[f"<{i}>" for i in range(12)], columns=["x"], rows=[["a|b"]])
     page = Page(to_html(Document(title="T", claim="", notes=["n"], sections=[section])))
     assert "<11>" in page.words and "4 more" in page.words
+
+
+def test_the_share_of_the_previous_write_stands_side_by_side(measured):
+    _, tables, _, _ = measured
+    (task,) = [task for task in findings.by_task(tables, {key: key[0] for key in keys(tables)})
+               if task.label == "rebind"]  # fmt: skip
+    columns, rows = findings.side_by_side(task)
+    (row,) = [row for row in rows if row[0].startswith("share of the write before the last")]
+    shares = tables.measurements.filter(
+        pl.col("quantity") == "previous_write_share", length=32, arm="gdn-neg", task="rebind"
+    ).collect()
+    assert len(shares) and shares["value"].is_between(0, 1).all()
+    heads = shares.group_by("run_id", "head").agg(pl.col("value").mean()).group_by("run_id").median()
+    assert row[columns.index("gdn-neg")] == findings.span(heads["value"].to_list())
+    assert row[columns.index("attention")] != "-"
+
+
+def keys(tables):
+    return tables.runs.select("task", "task_params").unique().sort("task").iter_rows()
+
+
+def test_where_nothing_is_left_to_compare_with_the_page_says_why():
+    row = {name: None for name in EFFECT_COLUMNS} | {
+        "task": "parity", "arm": "gdn-neg", "run_id": "r", "seed": 0, "role": "identified", "gate": "erase",
+        "change": "erase clamped to [0, 1]", "heads": "0.0", "n_heads": 1, "tokens": "all", "accuracy": 0.5,
+        "baseline": 1.0, "chance": 0.5, "effect": -0.5, "n_sequences": 64,
+    }  # fmt: skip
+    control = row | {"role": "control", "heads": "0.1", "accuracy": 0.6, "effect": -0.4}
+    contrast = row | {"role": "contrast", "effect": -0.1}
+    said = []
+    for rows in ([row], [row, control, contrast]):
+        effects = pl.DataFrame(rows, infer_schema_length=None).with_columns(
+            pl.col("accuracy_low", "accuracy_high", "low", "high").cast(pl.Float64)
+        )
+        task = findings.Task(
+            "parity", ["gdn-neg"], 24, 12, *[pl.DataFrame()] * 3, effects, *[pl.DataFrame()] * 2
+        )
+        said.append(list(identified_sentences([task]))[-1])
+    assert said[0].endswith("No other head has an erase gate, so that there is no control.")
+    assert "In 1 other head it is 0.60" in said[1]  # a control that falls does not "stay"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,19 +106,31 @@ def point_table(rows: pl.DataFrame, base: str, ledger: pl.DataFrame | None = Non
     return pl.DataFrame(found, infer_schema_length=None)
 
 
-def effect_table(rows: pl.DataFrame, base: str, ledger: pl.DataFrame | None = None) -> pl.DataFrame:
+def effect_table(
+    rows: pl.DataFrame,
+    base: str,
+    ledger: pl.DataFrame | None = None,
+    declared: Mapping[str, int] | None = None,
+) -> pl.DataFrame:
     """Main effects and two-way interactions by task and length.
 
     A main effect is the score at level ``to`` less that at ``of``, the base's level; an interaction is the
     effect of ``to`` where ``second_to`` holds less the same effect at the base's level of ``second``.
 
+    Args:
+        rows: as for :func:`point_table`; so are ``base`` and ``ledger``.
+        base: the arm that the others are compared with.
+        ledger: of the tuner.
+        declared: of :func:`declared_effects`: effects that the rows do not show, as a point has no result
+            yet or failed, count in the family all the same. None: what the rows show is the family.
+
     Returns:
         The cell; ``kind`` (``main`` or ``interaction``), ``axis``, ``of``, ``to``, ``second``, ``second_of``,
         ``second_to`` (null for main effects); ``contexts``, over how many pairs (or fours) of points it is a
         mean; ``seeds``, ``mean``, ``min``, ``max``, ``iqm``, ``low``, ``high`` over the seeds; ``p``, of a
-        sign-flip test; ``p_holm``, adjusted for all effects of its kind at the longest length of each task
-        (null at other lengths); ``needed``, the fewest seeds with which one of so many effects can be a
-        claim; ``claim``: p_holm is at most 0.05 and the interval leaves out 0; and for main effects the cost:
+        sign-flip test; ``p_holm``, adjusted for all effects of its kind at the longest length of each task,
+        those not seen included (null at other lengths); ``needed``, the fewest seeds with which one of so
+        many effects can be a claim; ``claim``: p_holm is at most 0.05 and the interval leaves out 0; and for main effects the cost:
         ``params`` and ``state_bytes`` that are added, ``flops`` (a token) and ``time`` as ratios.
     """
     points = point_table(rows, base, ledger)
@@ -148,18 +160,22 @@ def effect_table(rows: pl.DataFrame, base: str, ledger: pl.DataFrame | None = No
             )
     if not found:
         return pl.DataFrame()
-    return _judged(pl.DataFrame(found, infer_schema_length=None))
+    return _judged(pl.DataFrame(found, infer_schema_length=None), declared or {})
 
 
-def seeds_for_a_claim(ablation: Ablation) -> tuple[int, int]:
-    """How many main effects an ablation will test, and the fewest seeds with which one can be a claim."""
+def declared_effects(ablation: Ablation) -> dict[str, int]:
+    """How many effects of each kind (``main``, ``interaction``) an ablation will test."""
     entries = {
         arm: {axis: level_text(level) for axis, level in levels.items()}
         for arm, levels in ablation.levels.items()
     }
-    changes = sum(
-        fields["kind"] == "main" for fields, *_ in _contrasts(entries, entries[ablation.base])
-    ) * len(ablation.experiment.tasks)
+    kinds = [fields["kind"] for fields, *_ in _contrasts(entries, entries[ablation.base])]
+    return {kind: kinds.count(kind) * len(ablation.experiment.tasks) for kind in ("main", "interaction")}
+
+
+def seeds_for_a_claim(ablation: Ablation) -> tuple[int, int]:
+    """How many main effects an ablation will test, and the fewest seeds with which one can be a claim."""
+    changes = declared_effects(ablation)["main"]
     return changes, claim_seeds(max(changes, 1), ALPHA)
 
 
@@ -281,7 +297,7 @@ def _cost(entries: dict[str, dict[str, Any]], contexts: Sequence[tuple[str, ...]
     }
 
 
-def _judged(table: pl.DataFrame) -> pl.DataFrame:
+def _judged(table: pl.DataFrame, declared: Mapping[str, int]) -> pl.DataFrame:
     """Add ``p_holm``, ``needed`` and ``claim``."""
     longest = pl.col("eval_length") == pl.col("eval_length").max().over("task", "task_params")
     table = table.with_row_index("row")
@@ -290,8 +306,10 @@ def _judged(table: pl.DataFrame) -> pl.DataFrame:
     for kind in ("main", "interaction"):
         family = table.filter(longest, pl.col("kind") == kind)
         if family.height:
-            adjusted |= dict(zip(family["row"], holm(family["p"].to_numpy()).tolist(), strict=True))
-            needed[kind] = claim_seeds(family.height, ALPHA)
+            unseen = max(0, declared.get(kind, 0) - family.height)
+            p_holm = holm(family["p"].to_list() + [1.0] * unseen)
+            adjusted |= dict(zip(family["row"], p_holm.tolist(), strict=False))
+            needed[kind] = claim_seeds(len(p_holm), ALPHA)
     table = table.with_columns(
         p_holm=pl.col("row").replace_strict(adjusted, default=None, return_dtype=pl.Float64),
         needed=pl.col("kind").replace_strict(needed, default=None, return_dtype=pl.Int64),

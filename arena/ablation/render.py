@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from arena.ablation.effects import effect_table, point_table
+from arena.ablation.effects import declared_effects, effect_table, point_table
 from arena.ablation.request import Ablation
 from arena.ablation.sentences import LEGEND, axis_sentences, effect_text, longest, why_not
 from arena.grid.results import load_results
@@ -43,7 +43,12 @@ def record_ablation(directory: str | Path, ablation: Ablation) -> None:
     folder.mkdir(exist_ok=True)
     experiment = ablation.experiment
     tasks = list(dict.fromkeys(entry.name for entry in experiment.tasks))
-    record = {"points": experiment.archs, "tasks": tasks, "left_out": ablation.left_out}
+    record = {
+        "points": experiment.archs,
+        "tasks": tasks,
+        "left_out": ablation.left_out,
+        "effects": declared_effects(ablation),
+    }
     write_whole(folder / _REQUEST, json.dumps(record, indent=1).encode())
 
 
@@ -74,7 +79,7 @@ def make_ablation(directory: str | Path, console: Console | None = None) -> list
     points = point_table(rows, base, ledger)
     if points.is_empty():
         raise StoreError(f"{directory} holds no tested runs yet: the same arena ablate command goes on")
-    effects = effect_table(rows, base, ledger)
+    effects = effect_table(rows, base, ledger, request.get("effects"))
     labels = task_labels(rows.filter(pl.col("status") != "failed"))
     tasks = request["tasks"]
     labels = dict(sorted(labels.items(), key=lambda item: tasks.index(item[0][0])))

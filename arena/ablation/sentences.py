@@ -16,10 +16,10 @@ LEGEND = (
     "Score: chance-scaled accuracy, (accuracy - chance) / (1 - chance), at the longest reported length; Δ: "
     "its difference to the first point in the same seeds, by itself no claim. An effect is taken within each "
     "seed (same data), over all pairs of points that differ on that axis alone. "
-    f"From {MIN_UNITS} seeds on: interquartile mean [its 95 % bootstrap interval]; below that: mean "
-    "(lowest..highest seed), and no claim. A claim needs an interval without 0 and a sign-flip test of p <= "
-    f"{ALPHA} after Holm's correction for all main effects (for an interaction: all interactions) in this "
-    "table. Time was measured while other work may have run."
+    f"From {MIN_UNITS} seeds on: interquartile mean [its 95 % bootstrap interval]; below that, and where it "
+    "has no width: mean (lowest..highest seed), and no claim. A claim needs an interval without 0 and a "
+    f"sign-flip test of p <= {ALPHA} after Holm's correction for all main effects (for an interaction: all interactions) that were "
+    "asked for. Time was measured while other work may have run."
 )
 
 
@@ -38,6 +38,8 @@ def why_not(effect: Mapping[str, Any]) -> str:
     if seeds < effect["needed"]:
         return f"{seeds} of {effect['needed']} seeds"
     if effect["low"] is None:
+        if effect["min"] < effect["max"]:
+            return "no interval, for want of spread"
         return "all seeds agree" if effect["mean"] else "no seed differs"
     if effect["low"] <= 0 <= effect["high"]:
         return ""

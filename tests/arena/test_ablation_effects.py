@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ablation_fakes
 
 from arena.ablation.axes import AXES, named
-from arena.ablation.effects import effect_table, levels_of_params, point_table
+from arena.ablation.effects import declared_effects, effect_table, levels_of_params, point_table
 from arena.ablation.sentences import axis_sentences, longest
 from arena.memory import NAMED
 from arena.statistics import seeds_needed
@@ -106,6 +106,33 @@ def test_a_large_family_needs_more_seeds():
     assert set(ten["needed"]) == {seeds_needed(30)} == {11}
     eleven = effect_table(ablation_fakes.rows(ablation, score, lengths=(64,), seeds=11), "gdn2")
     assert eleven["claim"].all()
+
+
+def test_effects_that_are_missing_count_in_the_family():
+    """A point without results must not make the other effects look surer than they were declared to be."""
+    ablation = ablation_fakes.planned(**FACTORIAL)
+    rows = ablation_fakes.rows(ablation, planted)
+    declared = declared_effects(ablation)
+    whole = longest(effect_table(rows, "gdn2", None, declared))
+    assert {kind: whole.filter(kind=kind).height for kind in declared} == declared
+    assert whole.equals(longest(effect_table(rows, "gdn2")))
+    part = rows.filter((pl.col("task") == "rebind") & ~pl.col("model_params").str.contains("none"))
+    seen = longest(effect_table(part, "gdn2", None, declared))
+    assert 0 < seen.filter(kind="main").height < declared["main"] == 8
+    at = dict(task="rebind", kind="main", axis="erase", to="mean")
+    assert one(seen, **at)["p_holm"] == one(whole, **at)["p_holm"] == pytest.approx(8 * 2**-9)
+
+
+def test_an_effect_of_a_few_seeds_is_not_said_to_be_of_all():
+    ablation = ablation_fakes.planned(tasks=["rebind"], erase=["channel", "mean"])
+
+    def score(task, length, gates, seed):
+        return 0.9 - 0.3 * ("erase" in gates and seed == 1000)
+
+    effects = effect_table(ablation_fakes.rows(ablation, score, seeds=20), "gdn2")
+    assert effects["low"].null_count() == effects.height and not effects["claim"].any()
+    (said,) = axis_sentences(effects, LABELS).values()
+    assert "no interval, for want of spread" in said and "agree" not in said
 
 
 def test_a_claim_is_a_sentence_with_its_task_and_cost(factorial):

@@ -130,8 +130,9 @@ def effect_table(
         mean; ``seeds``, ``mean``, ``min``, ``max``, ``iqm``, ``low``, ``high`` over the seeds; ``p``, of a
         sign-flip test; ``p_holm``, adjusted for all effects of its kind at the longest length of each task,
         those not seen included (null at other lengths); ``needed``, the fewest seeds with which one of so
-        many effects can be a claim; ``claim``: p_holm is at most 0.05 and the interval leaves out 0; and for main effects the cost:
-        ``params`` and ``state_bytes`` that are added, ``flops`` (a token) and ``time`` as ratios.
+        many effects can be a claim; ``claim``: p_holm is at most 0.05 and the interval leaves out 0; and for
+        main effects the cost: ``params`` and ``state_bytes`` that are added, ``flops`` (a token) and
+        ``time`` as ratios.
     """
     points = point_table(rows, base, ledger)
     if points.is_empty():

@@ -18,8 +18,8 @@ LEGEND = (
     "seed (same data), over all pairs of points that differ on that axis alone. "
     f"From {MIN_UNITS} seeds on: interquartile mean [its 95 % bootstrap interval]; below that, and where it "
     "has no width: mean (lowest..highest seed), and no claim. A claim needs an interval without 0 and a "
-    f"sign-flip test of p <= {ALPHA} after Holm's correction for all main effects (for an interaction: all interactions) that were "
-    "asked for. Time was measured while other work may have run."
+    f"sign-flip test of p <= {ALPHA} after Holm's correction for all main effects (for an interaction: "
+    "all interactions) that were asked for. Time was measured while other work may have run."
 )
 
 

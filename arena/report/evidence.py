@@ -166,6 +166,7 @@ def _verdicts(
         trials=trials,
         unmatched=unmatched,
         declared_tasks=len(request.get("tasks", [])),
+        declared_seeds=len(section.get("report_seeds", [])),
     )
     context.frames["verdicts"] = verdicts
     lines = [

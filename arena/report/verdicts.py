@@ -9,10 +9,11 @@ data in equal order. A claim that X is better than Y needs all of
 - the sign-flip test of the mean paired difference, Holm-corrected over every declared pair and task, gives
   p <= :data:`ALPHA`,
 
-and equal tuning budgets. Of two arms with the same law of scores, a family of one comparison claims a
-difference in 3 % of simulations with 10 seeds and in under 1 % with 20, be the scores normal or
-solved/unsolved. An equality claim needs an equivalence test with the declared margin; no significant
-difference is not equality, and two arms that have both learned nothing are not equal but untested.
+equal tuning budgets, and results of every declared seed. Of two arms with the same law of scores, a family of
+one comparison claims a difference in 3 % of simulations with 10 seeds and in under 1 % with 20, be the scores
+normal or solved/unsolved. An equality claim needs an equivalence test with the declared margin; no
+significant difference is not equality, and two arms that have both learned nothing are not equal but
+untested.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def verdict_table(
     trials: Mapping[Cell, int] | None = None,
     unmatched: Set[Cell] = frozenset(),
     declared_tasks: int = 0,
+    declared_seeds: int = 0,
 ) -> pl.DataFrame:
     """A row for each declared pair and task, one over all tasks where there are several, and the equality
     claims.
@@ -88,6 +90,8 @@ def verdict_table(
         unmatched: (task, task_params, arm) that are not matched.
         declared_tasks: how many tasks the experiment has; those of which nothing has been trained yet count
             in the family.
+        declared_seeds: how many seeds each arm was to be retrained with: no claim is made while some have no
+            result, as it would rest on those that happened to end first, or well.
     """
     units = final_scores(rows)
     claims = [(tuple(pair), None) for pair in pairs]
@@ -104,7 +108,8 @@ def verdict_table(
             row["family"] = len(adjusted)
             cells = [(row["task"], row["task_params"], row[side]) for side in ("x", "y")]
             row["unmatched"] = ", ".join(cell[2] for cell in cells if cell in unmatched)
-            _judge(row, [trials.get(cell, 0) for cell in cells] if trials is not None else [])
+            given = [trials.get(cell, 0) for cell in cells] if trials is not None else []
+            _judge(row, given, declared_seeds)
         found += family
         if kind == "better" and len(tasks) > 1:
             summaries = [_compared(units, "overall", x, y, tasks, None) for (x, y), _ in declared]
@@ -177,7 +182,7 @@ def _compared(
     return row
 
 
-def _judge(row: dict[str, Any], trials: Sequence[int]) -> None:
+def _judge(row: dict[str, Any], trials: Sequence[int], declared_seeds: int) -> None:
     """Enter ``needed``, and ``claim`` or the ``reason`` why there is none."""
     equal = row["kind"] == "equal"
     row["needed"] = claim_seeds(row["family"], ALPHA, equal=equal)
@@ -185,6 +190,8 @@ def _judge(row: dict[str, Any], trials: Sequence[int]) -> None:
         row["reason"] = f"needs {row['needed']} paired seeds, has {row['seeds']}"
         return
     missing = []
+    if row["seeds"] < declared_seeds:
+        missing.append(f"only {row['seeds']} of {declared_seeds} declared seeds have results of both")
     if len(set(trials)) > 1:
         missing.append(f"unequal tuning: {trials[0]} and {trials[1]} trials")
     if max(row["scaled_x"], row["scaled_y"]) < LEARNED:

@@ -92,6 +92,20 @@ def test_seeds_without_a_partner_are_no_pairs():
     assert row["seeds"] == 9 and row["reason"] == "needs 10 paired seeds, has 9"
 
 
+def test_no_claim_while_declared_seeds_have_no_result():
+    """A run that failed, or is still to come, might have been another one than those that are there."""
+    rows = finals(step({"gdn": (0.5, 0.7), "gdn2": (0.9, 1.0)}), seeds=12)
+    equal = [{"pair": ["gdn2", "gdn"], "margin": 0.9}]
+    failed = pl.when((pl.col("arm") == "gdn") & (pl.col("seed") == 1003)).then(pl.lit("failed"))
+    part = rows.with_columns(status=failed.otherwise(pl.col("status")))
+    for kind, claim in (("better", "gdn2"), ("equal", "equal")):
+        whole = only(verdict_table(rows, [MQAR], [["gdn2", "gdn"]], equal, declared_seeds=12), kind)
+        assert whole["claim"] == claim
+        row = only(verdict_table(part, [MQAR], [["gdn2", "gdn"]], equal, declared_seeds=12), kind)
+        assert row["claim"] is None and row["seeds"] == 11
+        assert row["reason"] == "only 11 of 12 declared seeds have results of both"
+
+
 def test_a_diverged_run_counts_with_the_worst_score():
     rows = finals(lambda arm, task, seed: 0.0 if (arm, seed) == ("gdn2", 1000) else 0.9)
     table = final_scores(rows)

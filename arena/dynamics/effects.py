@@ -213,9 +213,9 @@ def standard_interventions(
     - every gate frozen at its mean, in all heads and in each head alone: what the gate's dependence on the
       token is worth;
     - erase set to zero in all heads;
-    - where some erase exceeds 1, erase clamped to [0, 1]: in all heads, in each, in the heads that flip, in
-      these only at tokens that leave the answer, and in as many of the others (:data:`MOST_CONTROLS` sets at
-      most; all others, where they are fewer).
+    - where some erase exceeds 1, erase clamped to [0, 1], and where some decay is negative, decay: in all
+      heads, in each, in the heads that flip, in these only at tokens that leave the answer, and in as many of
+      the others (:data:`MOST_CONTROLS` sets at most; all others, where they are fewer).
 
     Args:
         model: a model.
@@ -242,18 +242,20 @@ def standard_interventions(
         for place in places:
             add([place], "head", gate, "freeze")
     add(places, "all", "erase", "zero")
-    if _largest(model, tokens, "erase") > 1:
-        clamp: Any = {"gate": "erase", "action": "clamp", "low": 0.0, "high": 1.0}
+    for gate in _leave_unit_interval(model, tokens):
+        clamp: Any = {"gate": gate, "action": "clamp", "low": 0.0, "high": 1.0}
         add(places, "all", **clamp)
         for place in places:
             add([place], "head", **clamp)
-        flipping = flipping_heads(head_eigenvalues(model, tokens, classes))
+        flipping = [
+            place
+            for place in flipping_heads(head_eigenvalues(model, tokens, classes))
+            if gate in gates[place[0]]
+        ]
         if flipping:
             add(flipping, "identified", **clamp)
             add(flipping, "elsewhere", **clamp, tokens="stays")
-            others = [
-                (at, head) for at, head in places if (at, head) not in flipping and "erase" in gates[at]
-            ]
+            others = [place for place in places if place not in flipping and gate in gates[place[0]]]
             for chosen in _control_sets(others, len(flipping)):
                 add(chosen, "control", **clamp)
     return found
@@ -270,17 +272,19 @@ def _control_sets(others: list[tuple[int, int]], size: int) -> list[tuple[tuple[
 
 
 @torch.no_grad()
-def _largest(model: nn.Module, tokens: Tensor, gate: str) -> float:
-    largest = [-np.inf]
+def _leave_unit_interval(model: nn.Module, tokens: Tensor) -> list[str]:
+    """Of erase and decay those with values that make negative eigenvalues: outside of [0, 1]."""
+    found: set[str] = set()
 
     def look(layer: int, values: dict[str, Tensor], start: int | None) -> dict[str, Tensor]:
-        if gate in values:
-            largest[0] = max(largest[0], float(values[gate].max()))
+        found.update(
+            g for g in ("erase", "decay") if g in values and (values[g].max() > 1 or values[g].min() < 0)
+        )
         return values
 
     with hooked(model, look):
         model(tokens)
-    return largest[0]
+    return sorted(found, reverse=True)
 
 
 def measure_effects(

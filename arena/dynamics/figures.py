@@ -59,7 +59,12 @@ def draw_figures(tables: Tables, labels: dict[tuple[str, str], str], folder: Pat
         ],
         "decodability": [("true state read by a linear probe", panels.probe_panel(small))],
         "effects": [("accuracy lost with a gate frozen at its mean", panels.effect_panel(small, longest))],
-        "identified": [("accuracy with erase clamped to [0, 1]", panels.identified_panel(small, longest))],
+        "identified": [
+            (
+                "accuracy with erase (or signed decay) clamped to [0, 1]",
+                panels.identified_panel(small, longest),
+            )
+        ],
     }
     drawn = {}
     for name, columns in families.items():

@@ -152,8 +152,11 @@ def side_by_side(task: Task) -> tuple[list[str], list[list[str]]]:
 
 
 def _gate(task: Task, gate: str, arm: str) -> list[float]:
-    """Its median by run; none where it never varies: the architecture does not have it."""
-    return by_run(task, arm, gate, "q50") if any(by_run(task, arm, gate, "std")) else []
+    """Its median by run, over the heads where it varies: elsewhere the architecture does not have it."""
+    mine = task.measured.filter(arm=arm, quantity=gate)
+    varying = mine.filter(pl.col("value") > 0, statistic="std")
+    middle = mine.filter(statistic="q50").join(varying, on=["run_id", "layer", "head"], how="semi")
+    return middle.group_by("run_id", maintain_order=True).agg(pl.col("value").median())["value"].to_list()
 
 
 def _effect_of_freezing(task: Task, gate: str, arm: str) -> list[float]:

@@ -27,7 +27,8 @@ _SECTIONS: list[tuple[str, str, Callable[[Sequence[findings.Task]], Iterator[str
         "answer, "
         f"is at most {NEAR_MINUS_ONE}; heads are chosen on {LOOKED_AT} sequences of split valid, effects "
         "measured on "
-        "split test. Erase is clamped, write is not, also where training ties them. Marks: one run each; "
+        "split test. Erase (a signed decay: decay) is clamped, write is not, also where training ties them. "
+        "Marks: one run each; "
         "bars: 95 % "
         "interval over sequences.",
     ),
@@ -101,7 +102,8 @@ _HOW_TO_READ = (
 
 _SIDE_BY_SIDE = (
     "What heads have is the median over the heads of a run, each with its mean over tokens and sequences; "
-    "true state decoded: each memory of a run. -: the architecture has no such thing."
+    "gates: over the heads where they vary; true state decoded: each memory of a run. -: the architecture "
+    "has no such thing."
 )
 
 

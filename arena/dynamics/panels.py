@@ -316,7 +316,7 @@ def effect_panel(tables: Tables, longest: pl.DataFrame) -> Panel:
 
 
 def identified_panel(tables: Tables, longest: pl.DataFrame) -> Panel:
-    """Accuracy with erase clamped in the heads that flip and in as many others, for each run."""
+    """Accuracy with a gate clamped to [0, 1] in the heads that flip and in as many others, for each run."""
     pens = looks(tables.runs["arm"])
     table = tables.effects.join(longest, on=["task", "task_params", "length"], how="semi")
 
@@ -328,10 +328,10 @@ def identified_panel(tables: Tables, longest: pl.DataFrame) -> Panel:
         shown = [arm for arm in arms if arm in set(found["arm"])]
         axis.axvline(found["chance"][0], color=GREY, linestyle=(0, (1, 2)), linewidth=1.5)
         for row, arm in enumerate(shown):
-            runs = found.filter(arm=arm).sort("seed")
+            runs = found.filter(arm=arm).sort("seed", "change")
             for role, filled in (("control", False), ("identified", True)):
-                part = runs.select("run_id").join(
-                    mine.filter(role=role), on="run_id", how="left", maintain_order="left"
+                part = runs.select("run_id", "change").join(
+                    mine.filter(role=role), on=["run_id", "change"], how="left", maintain_order="left"
                 )
                 offsets = row + _spread(len(part))
                 axis.hlines(

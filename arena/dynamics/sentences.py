@@ -183,24 +183,22 @@ def identified_sentences(tasks: Sequence[Task]) -> Iterator[str]:
     for task in tasks:
         for arm in task.arms:
             runs = task.effects.filter(arm=arm)
-            found, others = (runs.filter(role=role) for role in ("identified", "control"))
-            if found.is_empty():
-                continue
-            contrast = runs.filter(role="contrast")
-            text = (
-                f"{task.label}, {arm}: {len(found)} of {runs['run_id'].n_unique()} runs have heads that "
-                "flip; with "
-                f"erase clamped to [0, 1] there accuracy goes from {span(found['baseline'].to_list())} to "
-                f"{span(found['accuracy'].to_list())} (chance {number(found['chance'][0])})"
-            )
-            if len(others):
-                text += (
-                    f", with it clamped in as many others to {span(others['accuracy'].to_list())}; the "
-                    "interval "
-                    f"of the difference is below 0 in {int((contrast['high'] < 0).sum())} of "
-                    f"{len(contrast)} runs"
+            for change in runs.filter(role="identified")["change"].unique().sort():
+                found, others, contrast = (
+                    runs.filter(role=role, change=change) for role in ("identified", "control", "contrast")
                 )
-            yield text + "."
+                text = (
+                    f"{task.label}, {arm}: {len(found)} of {runs['run_id'].n_unique()} runs have heads that "
+                    f"flip; with {change} there accuracy goes from {span(found['baseline'].to_list())} to "
+                    f"{span(found['accuracy'].to_list())} (chance {number(found['chance'][0])})"
+                )
+                if len(others):
+                    text += (
+                        ", with it clamped in as many others (all, if fewer) to "
+                        f"{span(others['accuracy'].to_list())}; the interval of the difference is below 0 in "
+                        f"{int((contrast['high'] < 0).sum())} of {len(contrast)} runs"
+                    )
+                yield text + "."
     for task in tasks:
         for row in task.effects.filter(role="identified").sort("arm", "seed").iter_rows(named=True):
             mine = {"run_id": row["run_id"], "change": row["change"]}
@@ -227,7 +225,7 @@ def identified_sentences(tasks: Sequence[Task]) -> Iterator[str]:
                 text += f". In {rest}{sets} it is {_with(alone[0], 'accuracy', 'accuracy_')}"
                 text += f"; the difference of the effects is {_with(against[0], 'effect', '')}"
             else:
-                text += ". No other head has an erase gate, so that there is no control"
+                text += f". No other head has such a gate ({row['gate']}), so that there is no control"
             yield text + "."
 
 
@@ -262,7 +260,7 @@ def cannot_be_said(tasks: Sequence[Task]) -> Iterator[str]:
         )
         if without:
             yield (
-                f"{task.label}: in {len(without)} runs every head with an erase gate flips: there are none "
+                f"{task.label}: in {len(without)} runs every head with such a gate flips: there are none "
                 "to compare with."
             )
         labelled = task.decodability.filter(pl.col("accuracy").is_not_null())

@@ -155,3 +155,22 @@ def test_interval_of_a_mean():
     assert high == -low == pytest.approx(0.0545, abs=1e-4)  # Clopper-Pearson for 1 of 100
     low, high = effects.mean_interval(np.ones(100), least=0)
     assert high == 1 and 0.96 < low < 0.97
+
+
+def test_the_counter_of_a_signed_decay_is_found_and_confirmed():
+    """mamba2-neg has no erase: what reflects its memory is the decay."""
+    table = measured(parity_model(counter=1, arch="mamba2-neg"))
+    batch = TASK.sample(64, LENGTH, split="test")
+    seen_one = batch.tokens.cumsum(1) > 0
+    stuck = (seen_one == batch.targets.bool()).double().mean().item()
+    clamped = table.filter(pl.col("change") == "decay clamped to [0, 1]")
+    (found,) = clamped.filter(role="identified").to_dicts()
+    assert found["heads"] == "0.1" and found["baseline"] == 1
+    assert found["accuracy"] == pytest.approx(stuck)
+    (elsewhere,) = clamped.filter(role="elsewhere").to_dicts()
+    assert elsewhere["effect"] == 0
+    (control,) = clamped.filter(role="control").to_dicts()
+    assert control["heads"] == "3 sets" and control["effect"] == 0
+    (contrast,) = clamped.filter(role="contrast").to_dicts()
+    assert contrast["high"] < -0.4
+    assert not table["change"].str.contains("erase").any()

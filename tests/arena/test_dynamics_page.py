@@ -246,5 +246,25 @@ def test_where_nothing_is_left_to_compare_with_the_page_says_why():
             "parity", ["gdn-neg"], 24, 12, *[pl.DataFrame()] * 3, effects, *[pl.DataFrame()] * 2
         )
         said.append(list(identified_sentences([task]))[-1])
-    assert said[0].endswith("No other head has an erase gate, so that there is no control.")
+    assert said[0].endswith("No other head has such a gate (erase), so that there is no control.")
     assert "In 1 other head it is 0.60" in said[1]  # a control that falls does not "stay"
+
+
+def test_the_median_of_a_gate_is_over_the_heads_that_have_it():
+    """A layer without erase is traced with erase 0, which is no measurement of the other layer's gate."""
+    rows = [
+        {"arm": "a", "run_id": "r", "seed": 0, "layer": layer, "head": 0, "quantity": "erase"}
+        | {"statistic": statistic, "value": value}
+        for layer, middle, spread in ((0, 0.0, 0.0), (1, 0.0, 0.0), (2, 0.8, 0.1))
+        for statistic, value in (("q50", middle), ("std", spread))
+    ]
+    empty = pl.DataFrame(schema={"arm": pl.String})
+    runs = pl.DataFrame({"arm": ["a"], "run_id": ["r"], "accuracy": [1.0]})
+    lowest = pl.DataFrame(
+        schema=dict.fromkeys(("arm", "run_id", "tokens"), pl.String) | {"least_eigenvalue": float}
+    )
+    effects = pl.DataFrame(schema=dict.fromkeys(("arm", "role", "change"), pl.String) | {"seed": int})
+    probes = empty.with_columns(pl.lit(0).alias(n) for n in ("length", "fitted_length", "accuracy"))
+    task = findings.Task("t", ["a"], 8, 4, runs, pl.DataFrame(rows), lowest, effects.with_columns(
+        pl.lit(0.0).alias("effect")), probes, empty)  # fmt: skip
+    assert ["median erase", "0.80"] in findings.side_by_side(task)[1]

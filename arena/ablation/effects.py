@@ -18,6 +18,7 @@ import torch
 
 from arena.ablation.axes import AXES, IDLE, Level, Levels, level_text, named
 from arena.ablation.request import Ablation, gates_of_model
+from arena.grid.tuning_section import TuningSection
 from arena.memory import GateSpec
 from arena.model import ModelConfig, build_model
 from arena.statistics import (
@@ -38,13 +39,16 @@ Scores = dict[int, float]
 
 
 def units(rows: pl.DataFrame) -> pl.DataFrame:
-    """One row a run and length that is reported: ``score`` is the chance-scaled accuracy.
+    """One row a run and length that is reported on split test: ``score`` is the chance-scaled accuracy.
+
+    Lengths whose sequences are so few that training may have met them all have rows of split train only.
 
     Args:
         rows: of ``arena.load_results``; runs that served the choice of a learning rate are left out.
     """
     kept = rows.filter(
         pl.col("reported"),
+        pl.col("split") == "test",
         pl.col("metric") == METRIC,
         pl.col("status") != "failed",
         pl.col("stage") == "final",
@@ -130,9 +134,9 @@ def effect_table(
         mean; ``seeds``, ``mean``, ``min``, ``max``, ``iqm``, ``low``, ``high`` over the seeds; ``p``, of a
         sign-flip test; ``p_holm``, adjusted for all effects of its kind at the longest length of each task,
         those not seen included (null at other lengths); ``needed``, the fewest seeds with which one of so
-        many effects can be a claim; ``claim``: p_holm is at most 0.05 and the interval leaves out 0; and for
-        main effects the cost: ``params`` and ``state_bytes`` that are added, ``flops`` (a token) and
-        ``time`` as ratios.
+        many effects can be a claim, and all that were asked for; ``claim``: there are as many, p_holm is at
+        most 0.05 and the interval leaves out 0; and for main effects the cost: ``params`` and ``state_bytes``
+        that are added, ``flops`` (a token) and ``time`` as ratios.
     """
     points = point_table(rows, base, ledger)
     if points.is_empty():
@@ -165,13 +169,17 @@ def effect_table(
 
 
 def declared_effects(ablation: Ablation) -> dict[str, int]:
-    """How many effects of each kind (``main``, ``interaction``) an ablation will test."""
+    """How many effects of each kind (``main``, ``interaction``) an ablation will test, on how many
+    ``seeds``.
+    """
     entries = {
         arm: {axis: level_text(level) for axis, level in levels.items()}
         for arm, levels in ablation.levels.items()
     }
     kinds = [fields["kind"] for fields, *_ in _contrasts(entries, entries[ablation.base])]
-    return {kind: kinds.count(kind) * len(ablation.experiment.tasks) for kind in ("main", "interaction")}
+    found = {kind: kinds.count(kind) * len(ablation.experiment.tasks) for kind in ("main", "interaction")}
+    section = ablation.experiment.tuning or TuningSection()
+    return {**found, "seeds": len(section.report_seeds)}
 
 
 def seeds_for_a_claim(ablation: Ablation) -> tuple[int, int]:
@@ -310,13 +318,15 @@ def _judged(table: pl.DataFrame, declared: Mapping[str, int]) -> pl.DataFrame:
             unseen = max(0, declared.get(kind, 0) - family.height)
             p_holm = holm(family["p"].to_list() + [1.0] * unseen)
             adjusted |= dict(zip(family["row"], p_holm.tolist(), strict=False))
-            needed[kind] = claim_seeds(len(p_holm), ALPHA)
+            needed[kind] = max(claim_seeds(len(p_holm), ALPHA), declared.get("seeds", 0))
     table = table.with_columns(
         p_holm=pl.col("row").replace_strict(adjusted, default=None, return_dtype=pl.Float64),
         needed=pl.col("kind").replace_strict(needed, default=None, return_dtype=pl.Int64),
     )
     apart = (pl.col("low") > 0) | (pl.col("high") < 0)
-    return table.with_columns(claim=((pl.col("p_holm") <= ALPHA) & apart).fill_null(False)).drop("row")
+    return table.with_columns(
+        claim=((pl.col("p_holm") <= ALPHA) & apart & (pl.col("seeds") >= pl.col("needed"))).fill_null(False)
+    ).drop("row")
 
 
 def _costs(

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from arena.report.evidence_tables import INDEX
 from arena.report.tables import SOLVED, point_scores
 
 RUNGS = (0.25, 0.5)
 """Where successive halving would have cut, as fractions of the steps: the better half goes on."""
-
-_INDEX = ("task", "task_params", "arm")
 
 
 def halving_table(
@@ -40,8 +39,8 @@ def halving_table(
     """
     search, seen = rows.filter(stage="search"), curves.filter(stage="search", split="valid")
     found = []
-    for key, part in search.group_by(_INDEX, maintain_order=True):
-        cell = dict(zip(_INDEX, key, strict=True))
+    for key, part in search.group_by(INDEX, maintain_order=True):
+        cell = dict(zip(INDEX, key, strict=True))
         curve = seen.filter(**cell)
         steps = max(part["steps"].drop_nulls().to_list(), default=0)
         if curve.filter(pl.col("step") <= RUNGS[0] * steps).is_empty():

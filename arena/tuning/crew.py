@@ -228,6 +228,8 @@ class Crew:
                 if not desk.claim(trial, self.owner):
                     return False
                 owned.append((desk, trial))
+            elif trial.user_attrs.get("owner") == self.owner:  # by another fleet of the same point
+                owned.append((desk, trial))
             elif self._is_stale(desk, trial):
                 attempts = int(trial.user_attrs.get("attempts", 1)) + 1
                 desk.note(trial, "owner", self.owner)

@@ -129,9 +129,17 @@ def solve_all(
 def solve_task(
     settings: Sequence[Setting], quantity: Callable[[Setting], Quantity], match: str, reference: str | None
 ) -> Solution:
-    """What makes the arms of one task agree with the reference."""
+    """What makes the arms of one task agree with the reference.
+
+    Raises:
+        ExperimentError: the state of the reference grows, so there is nothing to agree with.
+    """
     length = settings[0].train.train_lengths[1]
     fixed = [s for s in settings if match != "state" or not state_grows(s.shared["model"], length)]
+    if reference is not None and reference not in {setting.arm for setting in fixed}:
+        raise ExperimentError(
+            f"reference = {reference!r}: its state grows with the length, so none can be matched to it"
+        )
     if len(fixed) < 2:
         return {}
     values = {setting.arm: quantity(setting).measure(setting.shared["model"]) for setting in fixed}

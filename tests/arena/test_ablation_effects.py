@@ -14,7 +14,7 @@ import ablation_fakes
 
 from arena.ablation.axes import AXES, named
 from arena.ablation.effects import declared_effects, effect_table, levels_of_params, point_table
-from arena.ablation.sentences import axis_sentences, longest
+from arena.ablation.sentences import axis_sentences, longest, why_not
 from arena.memory import NAMED
 from arena.statistics import seeds_needed
 
@@ -114,7 +114,9 @@ def test_effects_that_are_missing_count_in_the_family():
     rows = ablation_fakes.rows(ablation, planted)
     declared = declared_effects(ablation)
     whole = longest(effect_table(rows, "gdn2", None, declared))
-    assert {kind: whole.filter(kind=kind).height for kind in declared} == declared
+    assert {kind: whole.filter(kind=kind).height for kind in ("main", "interaction")} == {
+        kind: declared[kind] for kind in ("main", "interaction")
+    }
     assert whole.equals(longest(effect_table(rows, "gdn2")))
     part = rows.filter((pl.col("task") == "rebind") & ~pl.col("model_params").str.contains("none"))
     seen = longest(effect_table(part, "gdn2", None, declared))
@@ -226,6 +228,29 @@ def test_differences_are_paired_by_seed_and_failed_runs_are_left_out():
     assert point["seeds"] == 4 and point["difference"] == pytest.approx(-0.02)
     effect = effect_table(ablation_fakes.rows(ablation, score, seeds=5), "gdn2").row(0, named=True)
     assert effect["seeds"] == 4 and effect["mean"] == pytest.approx(-0.02)
+
+
+def test_no_claim_while_seeds_that_were_asked_for_have_no_result():
+    ablation = ablation_fakes.planned(tasks=["rebind"], erase=["channel", "mean"])
+
+    def score(task, length, gates, seed):
+        return None if gates and seed == 1011 else 0.9 - (0.3 + 0.001 * (seed % 5)) * ("erase" in gates)
+
+    rows = ablation_fakes.rows(ablation, score, seeds=12, lengths=(64,))
+    declared = declared_effects(ablation) | {"seeds": 12}
+    assert effect_table(rows, "gdn2")["claim"].all()
+    effect = effect_table(rows, "gdn2", None, declared).row(0, named=True)
+    assert not effect["claim"] and why_not(effect) == "11 of 12 seeds"
+    fewer = effect_table(rows.filter(pl.col("seed") != 1011), "gdn2", None, declared | {"seeds": 11})
+    assert fewer["claim"].all()
+
+
+def test_sequences_that_training_may_have_met_are_no_test():
+    ablation = ablation_fakes.planned(tasks=["rebind"], write=["mean"])
+    rows = ablation_fakes.rows(ablation, planted)
+    seen = rows.filter(eval_length=128).with_columns(split=pl.lit("train"))
+    table = point_table(pl.concat([rows.filter(eval_length=64), seen]), "gdn2")
+    assert set(table["eval_length"]) == {64}
 
 
 def test_runs_of_the_search_are_no_results():

@@ -247,6 +247,13 @@ def test_an_adaptive_sampler_that_comes_back_to_a_bound_gives_new_points(tmp_pat
         assert len({trial.params["lr"] for trial in complete(study)}) == 4 + 12
 
 
+def test_a_point_whose_seeds_are_in_two_fleets_is_tried_once(tmp_path):
+    drive(tmp_path, fleet_size=3, tuning={"search_seeds": 2})
+    for study in studies(tmp_path):
+        assert len(complete(study)) == 4
+        assert not [trial for trial in study.trials if "attempts" in trial.user_attrs]
+
+
 def test_own_parameters_that_make_two_architectures_one_are_refused(tmp_path):
     """The same run would be a trial of both, and be told to one."""
     with pytest.raises(ExperimentError, match="makes 'bare' and 'gdn' the same model on task 'mqar'"):

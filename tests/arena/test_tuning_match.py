@@ -96,6 +96,12 @@ def test_states_agree_as_well_as_sizes_allow_and_growing_ones_are_exempt(tmp_pat
     assert max(before.values()) / min(v for a, v in before.items() if a != "attention") > 2, "not by chance"
 
 
+def test_a_state_that_grows_is_no_reference(tmp_path):
+    experiment, settings = planned("state", archs=["attention", "gdn", "lstm"], reference="attention")
+    with pytest.raises(ExperimentError, match="reference = 'attention': its state grows"):
+        solved_settings(experiment, settings, tmp_path)
+
+
 def test_times_agree_within_ten_per_cent_by_measurement(tmp_path):
     """With a clock that goes by FLOPs and a constant; the real one is noise on a busy machine."""
     experiment, settings = planned("time", archs=["attention", "gdn2", "lstm"])

@@ -78,8 +78,11 @@ def remembered(
             norms.append(log_norm)
         return {"start": -torch.stack(norms, 1), "log_decay": log_f, "log_write": log_i}, log_norm
     if "write" in trace:  # LSTM: read = tanh(cell)
-        slope = 1 - trace["read"].double().square()
-        return {"start": slope.log(), "log_decay": log_f, "log_write": trace["write"].double().log()}, None
+        size = trace["cell"].double().abs()
+        slope = 2 * (
+            LN_2 - size - torch.log1p((-2 * size).exp())
+        )  # ln (1 - tanh^2), also where tanh rounds to 1
+        return {"start": slope, "log_decay": log_f, "log_write": trace["write"].double().log()}, None
     return {}, log_norm
 
 

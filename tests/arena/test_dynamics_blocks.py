@@ -1,6 +1,7 @@
 """Measurements of real blocks and models: against autograd, against traces of all states, chunk by chunk."""
 
 import subprocess
+import math
 import sys
 
 import polars as pl
@@ -287,3 +288,23 @@ def test_memory_does_not_grow_with_the_length():
         subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True).stdout
     )
     assert grown < 100
+
+
+def test_a_saturated_lstm_in_single_precision_still_has_a_memory_length():
+    """A cell that counts reaches tanh(c) = 1 in float32; its weights are small then, and not lost."""
+    torch.manual_seed(0)
+    block = arena.build_block("lstm", d_model=4, n_heads=1, conv="none")
+    with torch.no_grad():
+        block.bias.zero_()
+        block.bias[:3] = 20.0  # input and forget gate open, tanh(z) = 1
+        for weight in (block.gates.weight, block.values.weight, block.recurrent):
+            weight.zero_()
+    T = 15
+    frame = measure(
+        block, torch.randn(1, T, 4), quantities=["memory_length", "contribution"], reads=1, maps=1
+    )
+    assert bool((block.trace(torch.randn(1, T, 4))["read"][:, -1] == 1).all())
+    lengths = frame.filter(pl.col("quantity") == "memory_length")["value"].to_list()
+    assert lengths == [pytest.approx(T, rel=1e-6)]  # all tokens alike
+    weights = frame.filter(pl.col("quantity") == "contribution")["value"].to_list()
+    assert weights == [pytest.approx(1 / math.cosh(T) ** 2, rel=1e-4)] * T

@@ -1,7 +1,7 @@
 """Measurements of real blocks and models: against autograd, against traces of all states, chunk by chunk."""
 
-import subprocess
 import math
+import subprocess
 import sys
 
 import polars as pl

@@ -4,7 +4,8 @@ A score is the accuracy of one retrained winner (stage ``final``) on split test,
 length of the task; over several tasks, the chance-scaled accuracy. Seeds are paired: equal seeds saw equal
 data in equal order. A claim that X is better than Y needs all of
 
-- the 95 % interval of the difference of interquartile means excludes 0,
+- the 95 % interval of the difference of interquartile means excludes 0 (or has no width to be shown, and all
+  pairs have the same sign),
 - P(X > Y), the probability of improvement, is at least :data:`IMPROVEMENT`,
 - the sign-flip test of the mean paired difference, Holm-corrected over every declared pair and task, gives
   p <= :data:`ALPHA`,
@@ -211,12 +212,14 @@ def _lacking(row: Mapping[str, Any]) -> list[str]:
     if row["difference"] == row["mean_difference"] == 0:
         return ["no difference"]
     missing = []
-    up = row["difference"] > 0
+    up = (row["difference"] or row["mean_difference"]) > 0
     if row["low"] is None and not row["one_sided"]:
         missing.append("no interval, for want of spread")
     elif row["low"] is not None and row["low"] <= 0 <= row["high"]:
         missing.append("the interval holds 0")
-    if row["difference"] * row["mean_difference"] <= 0:
+    if row["difference"] == 0 or row["mean_difference"] == 0:
+        missing.append(f"equal {'interquartile means' if row['difference'] == 0 else 'means'}")
+    elif (row["difference"] > 0) != (row["mean_difference"] > 0):
         missing.append("means and interquartile means disagree")
     better, worse = (row["x"], row["y"]) if up else (row["y"], row["x"])
     chance = row["improvement"] if up else 1 - row["improvement"]
@@ -277,12 +280,13 @@ def rule_text(table: pl.DataFrame) -> str:
     text = (
         "Scores: accuracy on test at the longest reported length (over all tasks: chance-scaled accuracy) "
         "of winners retrained on fresh seeds; equal seeds had equal training data, all runs the same test "
-        "data. "
+        "data. The seeds show how runs of the chosen points vary, not how the choice would. "
     )
     if better.height:
         m, n = better["family"][0], min(better["seeds"].to_list())
         text += (
-            "Better: the 95 % bootstrap interval of the difference of interquartile means excludes 0, the "
+            "Better: the 95 % bootstrap interval of the difference of interquartile means excludes 0 (where "
+            "it has no width, none is shown and all pairs have to agree in sign), the "
             f"probability of improvement is at least {IMPROVEMENT}, and the two-sided sign-flip test of the "
             f"mean paired difference, Holm-corrected over the {m} declared comparisons, has p <= {ALPHA}. "
             f"The family needs {seeds_needed(m, ALPHA)} paired seeds, an interval {MIN_UNITS}. "

@@ -151,8 +151,16 @@ def test_scores_without_spread():
         )
     )
     assert nearly["claim"] is None and nearly["reason"].startswith(
-        "the interval holds 0; means and interquartile"
+        "the interval holds 0; equal interquartile means; P(gdn2 > gdn) = 0.55"
     )
+
+
+def test_the_better_one_is_that_of_the_means_where_interquartile_means_are_equal():
+    rows = finals(lambda arm, task, seed: 0.2 if (arm, seed) == ("gdn", 1003) else 0.95)
+    row = only(verdict_table(rows, [MQAR], [["gdn2", "gdn"]]))
+    assert row["difference"] == 0 < row["mean_difference"] and row["claim"] is None
+    assert "P(gdn2 > gdn) = 0.55" in row["reason"] and "equal interquartile means" in row["reason"]
+    assert "disagree" not in row["reason"]
 
 
 def test_two_that_learned_nothing_are_neither_better_nor_equal():

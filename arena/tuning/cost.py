@@ -165,7 +165,7 @@ def family_lines(section: TuningSection, tasks: int) -> list[str]:
             f"seeds: {count} {what} x {tasks} tasks are a family of {count * tasks} comparisons, which needs "
             f"{needed} seeds; {seeds} {enough}"
         )
-    return lines or ["seeds: no pairs are declared in [tuning], so no claim will be made of any difference"]
+    return lines or ["seeds: no pairs are declared in [tuning], so there will be no verdict on any pair"]
 
 
 def _hours(seconds: float) -> str:

@@ -95,7 +95,7 @@ def test_plan_cost_and_seeds_are_said_before_the_start(tuned):
     _, _, said = tuned
     text = "\n".join(said)
     assert "48 runs of the search, 12 of the winners, 54 of panels" in text
-    assert "no claim will be made" in text and "ledger: swa on parity" in text
+    assert "no verdict on any pair" in text and "ledger: swa on parity" in text
 
 
 def test_starting_again_changes_nothing(tuned):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from arena.dynamics.classes import token_classes
 from arena.dynamics.hooks import gates_of, hooked
-from arena.dynamics.intervene import Edit, check, edited, prepare
+from arena.dynamics.intervene import Edit, changed_share, check, edited, prepare
 from arena.dynamics.record import blocks_of, record
 from arena.dynamics.transition import eigenvalues, key_eigenvalue, transition_matrix
 from arena.statistics import MIN_UNITS, clopper_pearson
@@ -87,6 +87,10 @@ EFFECT_COLUMNS: dict[str, tuple[Any, str]] = {
     ),
     "high": (pl.Float64, "upper end of it"),
     "worst": (pl.Float64, "of control heads: the effect of the set with the largest drop"),
+    "changed": (
+        pl.Float64,
+        "of identified and control heads: share of the gate's values there that is altered, split valid",
+    ),
     "n_sequences": (pl.Int64, "sequences, the units of the intervals"),
 }
 """Columns of the table of effects: type and meaning."""
@@ -327,24 +331,27 @@ def measure_effects(
     kept = ~np.isnan(before)
     before = before[kept]
     rows: list[dict[str, Any]] = []
-    controls: dict[str, list[tuple[Intervention, np.ndarray]]] = {}
+    controls: dict[str, list[tuple[Intervention, np.ndarray, float]]] = {}
     identified: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
     for intervention in interventions:
         edits = prepare(model, intervention.edits, look.tokens, seen)
         after = sequence_accuracy(model, batch.tokens, batch.targets, edits, classes)[kept]
         what = edits[0].what
         if intervention.role == "control":
-            controls.setdefault(what, []).append((intervention, after))
+            share = changed_share(model, edits, look.tokens, seen)
+            controls.setdefault(what, []).append((intervention, after, share))
             continue
         rows.append(_row(intervention, after, before, task.chance(length)))
         if intervention.role == "identified":
+            rows[-1]["changed"] = changed_share(model, edits, look.tokens, seen)
             identified[what] = rows[-1], after
     for what, members in controls.items():
-        mean = np.mean([after for _, after in members], axis=0)
+        mean = np.mean([after for _, after, _ in members], axis=0)
         row = _row(members[0][0], mean, before, task.chance(length))
         count = len(members)
         row["heads"] = f"{count} sets" if count > 1 else row["heads"]
-        row["worst"] = min(float((after - before).mean()) for _, after in members)
+        row["worst"] = min(float((after - before).mean()) for _, after, _ in members)
+        row["changed"] = float(np.mean([share for *_, share in members]))
         rows.append(row)
         if what in identified:
             claimed, after = identified[what]
@@ -353,7 +360,7 @@ def measure_effects(
             rows.append(
                 {**claimed, "role": "contrast", "effect": float(difference.mean())}
                 | {"low": interval[0], "high": interval[1]}
-                | dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high"))
+                | dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "changed"))
             )
     return pl.DataFrame(rows, schema={name: kind for name, (kind, _) in EFFECT_COLUMNS.items()})
 
@@ -386,5 +393,6 @@ def _row(intervention: Intervention, after: np.ndarray, before: np.ndarray, chan
         "low": effect[0],
         "high": effect[1],
         "worst": None,
+        "changed": None,
         "n_sequences": len(after),
     }

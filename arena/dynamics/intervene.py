@@ -268,6 +268,39 @@ def _shuffled(chosen: Tensor, seed: int) -> Tensor:
 
 
 @torch.no_grad()
+def changed_share(
+    model: nn.Module, edits: Sequence[Edit], tokens: Tensor, classes: Mapping[str, Tensor]
+) -> float:
+    """Share of the gates' values, over all tokens in the heads of the edits, that the edits change.
+
+    An edit that changes next to nothing is no evidence that nothing depends on those heads.
+
+    Args:
+        model: a model.
+        edits: prepared.
+        tokens: [B,T].
+        classes: class of tokens -> bool [B,T] of these tokens.
+    """
+    change = editor(edits, classes)
+    changed = total = 0
+
+    def look(layer: int, values: dict[str, Tensor], start: int | None) -> dict[str, Tensor]:
+        nonlocal changed, total
+        after = change(layer, dict(values), start)
+        for edit in edits:
+            if edit.gate in values and edit.layer in (None, layer):
+                heads = slice(None) if edit.heads is None else list(edit.heads)
+                different = (after[edit.gate] != values[edit.gate])[:, :, heads]
+                changed += int(different.sum())
+                total += different.numel()
+        return values
+
+    with hooked(model, look):
+        model(tokens)
+    return changed / max(total, 1)
+
+
+@torch.no_grad()
 def prepare(
     model: nn.Module, edits: Sequence[Edit], tokens: Tensor, classes: Mapping[str, Tensor]
 ) -> list[Edit]:

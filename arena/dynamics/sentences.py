@@ -209,8 +209,9 @@ def identified_sentences(tasks: Sequence[Task]) -> Iterator[str]:
             flips = "s" if one else ""
             text = (
                 f"{task.label}, {row['arm']}, seed {row['seed']}, length {task.length}: with {row['change']} "
-                f"in {heads}, which flip{flips}, accuracy goes from {number(row['baseline'])} to "
-                f"{_with(row, 'accuracy', 'accuracy_')}; chance is {number(row['chance'])}"
+                f"in {heads}, which flip{flips}{_changing(row)}, accuracy goes from "
+                f"{number(row['baseline'])} to {_with(row, 'accuracy', 'accuracy_')}; "
+                f"chance is {number(row['chance'])}"
             )
             elsewhere = task.effects.filter(role="elsewhere", **mine).to_dicts()
             if elsewhere:
@@ -222,11 +223,19 @@ def identified_sentences(tasks: Sequence[Task]) -> Iterator[str]:
                 size = alone[0]["n_heads"]
                 rest = f"{size} other head{'s' if size > 1 else ''}"
                 sets = f" (mean of {alone[0]['heads']})" if alone[0]["heads"].endswith("sets") else ""
-                text += f". In {rest}{sets} it is {_with(alone[0], 'accuracy', 'accuracy_')}"
+                text += (
+                    f". In {rest}{sets}{_changing(alone[0])} it is {_with(alone[0], 'accuracy', 'accuracy_')}"
+                )
                 text += f"; the difference of the effects is {_with(against[0], 'effect', '')}"
             else:
                 text += f". No other head has such a gate ({row['gate']}), so that there is no control"
             yield text + "."
+
+
+def _changing(row: dict[str, float | None]) -> str:
+    """How much of a gate was altered: a clamp that alters nothing is a weak control."""
+    changed = row["changed"]
+    return "" if changed is None else f" ({number(changed)} of the gate's values are altered)"
 
 
 def _with(row: dict[str, float | None], name: str, prefix: str) -> str:

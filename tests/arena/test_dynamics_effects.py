@@ -41,6 +41,9 @@ def test_the_counter_is_found_and_confirmed():
     assert control["effect"] == 0 == control["worst"] and control["low"] < 0 < control["high"]
     (contrast,) = clamped.filter(role="contrast").to_dicts()
     assert contrast["effect"] == pytest.approx(stuck - 1) and contrast["high"] < -0.4
+    # where it clamps at all: at the ones for the counter; the idle heads have erase below 1, as the page says
+    ones = TASK.sample(effects.LOOKED_AT, LENGTH, split="valid").tokens.double().mean().item()
+    assert found["changed"] == pytest.approx(ones) and control["changed"] == 0 and contrast["changed"] is None
     single = clamped.filter(role="head").select("heads", "effect").rows()
     assert [heads for heads, effect in single if effect != 0] == ["0.2"]
 

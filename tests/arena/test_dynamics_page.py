@@ -235,7 +235,7 @@ def test_where_nothing_is_left_to_compare_with_the_page_says_why():
         "change": "erase clamped to [0, 1]", "heads": "0.0", "n_heads": 1, "tokens": "all", "accuracy": 0.5,
         "baseline": 1.0, "chance": 0.5, "effect": -0.5, "n_sequences": 64,
     }  # fmt: skip
-    control = row | {"role": "control", "heads": "0.1", "accuracy": 0.6, "effect": -0.4}
+    control = row | {"role": "control", "heads": "0.1", "accuracy": 0.6, "effect": -0.4, "changed": 0.0}
     contrast = row | {"role": "contrast", "effect": -0.1}
     said = []
     for rows in ([row], [row, control, contrast]):
@@ -247,7 +247,9 @@ def test_where_nothing_is_left_to_compare_with_the_page_says_why():
         )
         said.append(list(identified_sentences([task]))[-1])
     assert said[0].endswith("No other head has such a gate (erase), so that there is no control.")
-    assert "In 1 other head it is 0.60" in said[1]  # a control that falls does not "stay"
+    assert (
+        "In 1 other head (0.00 of the gate's values are altered) it is 0.60" in said[1]
+    )  # a control that falls does not "stay"
 
 
 def test_the_median_of_a_gate_is_over_the_heads_that_have_it():

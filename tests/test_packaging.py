@@ -89,6 +89,9 @@ FORBIDDEN = {
     "arena/statistics": ("arena.training", "arena.grid", "arena.report", "arena.cli"),
     "arena/grid": ("arena.report", "arena.cli"),
     "arena/report": ("arena.cli",),
+    "arena/tuning": ("arena.cli", "arena.report"),
+    "arena/ablation": ("arena.cli", "arena.dynamics"),
+    "arena/dynamics": ("arena.cli", "arena.ablation", "arena.tuning"),
 }
 
 

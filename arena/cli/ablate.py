@@ -1,4 +1,4 @@
-"""``arena ablate``: the flags of the gate axes. Registered by ``arena.cli``, which is read first."""
+"""``arena ablate``: the flags of the gate axes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from arena.cli.common import FAILED, INTERRUPTED, check_machine, complain, console, names
+from arena.cli.train import run_tuning
 
 
 def ablate(
@@ -61,7 +64,6 @@ def ablate(
     An axis takes levels with commas between; the levels of all axes named are crossed. Combinations that make
     no sense are listed with their reason and left out. Run it again to go on.
     """
-    from arena import cli
     from arena.ablation import (
         ablation_request,
         make_ablation,
@@ -72,7 +74,7 @@ def ablate(
     from arena.grid import StoreError
     from arena.grid.tuning_section import TuningSection
 
-    cli.check_machine(device, workers, out)
+    check_machine(device, workers, out)
     flags = {
         "decay": decay,
         "decay_sign": decay_sign,
@@ -87,17 +89,17 @@ def ablate(
         "conv": conv,
         "output_gate": output_gate,
     }
-    axes = {axis: cli.names(f"--{axis.replace('_', '-')}", text) for axis, text in flags.items()}
+    axes = {axis: names(f"--{axis.replace('_', '-')}", text) for axis, text in flags.items()}
     ablation = plan_ablation(
         ablation_request(
             experiment,
-            archs=cli.names("--arch", arch),
-            tasks=cli.names("--task", task),
+            archs=names("--arch", arch),
+            tasks=names("--task", task),
             points=trials,
             seeds=seeds,
             steps=steps,
             axes={axis: levels for axis, levels in axes.items() if levels},
-            presets=cli.names("--preset", preset),
+            presets=names("--preset", preset),
         )
     )
     directory = Path(out) if out is not None else Path("results") / ablation.experiment.name
@@ -108,14 +110,14 @@ def ablate(
     tested = len((ablation.experiment.tuning or TuningSection()).report_seeds)
     if tested < needed:
         print(f"no claims: {comparisons} main effects on {tested} seeds; --seeds {needed} can give some")
-    status = cli.run_tuning(ablation.experiment, directory, device=device, workers=workers, storage=storage)
+    status = run_tuning(ablation.experiment, directory, device=device, workers=workers, storage=storage)
     record_ablation(directory, ablation)
-    if status == cli.INTERRUPTED:
+    if status == INTERRUPTED:
         return status
     try:
-        written = make_ablation(directory, cli.console)
+        written = make_ablation(directory, console)
     except StoreError as error:  # no run has ended well
-        cli.complain(str(error))
-        return cli.FAILED
+        complain(str(error))
+        return FAILED
     print("written: " + ", ".join(str(path) for path in written))
     return status

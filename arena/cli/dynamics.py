@@ -1,4 +1,4 @@
-"""``arena dynamics``. Registered by ``arena.cli``, which is read first."""
+"""``arena dynamics``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from arena.cli.common import OK, complain, names, wrong
 
 
 def dynamics(
@@ -29,18 +31,17 @@ def dynamics(
     ] = None,
 ) -> int:
     """Look inside trained memories: gates, states, eigenvalues, retention, edits, probes, interventions."""
-    from arena import cli
     from arena.dynamics.page import make_page
     from arena.dynamics.study import Choice, study
 
     if out is not None and (not out.strip() or Path(out).is_file()):
-        cli.wrong(f"--out is a folder, not {out!r}")
-    lengths = cli.names("--length", length)
+        wrong(f"--out is a folder, not {out!r}")
+    lengths = names("--length", length)
     if not all(word.isdigit() and int(word) > 0 for word in lengths):
-        cli.wrong(f"--length is numbers with commas between, not {length!r}")
+        wrong(f"--length is numbers with commas between, not {length!r}")
     choice = Choice(
-        arms=cli.names("--arch", arm),
-        tasks=cli.names("--task", task),
+        arms=names("--arch", arm),
+        tasks=names("--task", task),
         lengths=[int(word) for word in lengths],
         interventions=intervene or ["standard"],
     )
@@ -49,7 +50,7 @@ def dynamics(
         warnings.simplefilter("always", UserWarning)
         tables = study(directory, folder, choice, on_line=print)
     for line in dict.fromkeys(str(entry.message) for entry in caught if entry.category is UserWarning):
-        cli.complain(line)
+        complain(line)
     written = make_page(tables, directory, folder)
     print("written: " + ", ".join(str(path) for path in written))
-    return cli.OK
+    return OK

@@ -1,4 +1,4 @@
-"""``arena doctor`` and ``arena bench``. Registered by ``arena.cli``, which is read first."""
+"""``arena doctor`` and ``arena bench``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from arena.cli.common import OK, console, names, wrong
 
 bench = typer.Typer(no_args_is_help=True, help="Time the kernels, and training, on this machine.")
 
@@ -25,8 +27,6 @@ def doctor(
 
 def _bench_folder(out: str, device: str) -> Path:
     """Refuse a device that is not there; the folder for the results."""
-    from arena.cli import wrong
-
     if device not in ("cpu", "cuda"):
         wrong(f"--device is cpu or cuda, not {device!r}")
     if not out.strip():
@@ -52,7 +52,6 @@ def bench_kernels(
 ) -> int:
     """Ours beside every public alternative installed, in turn: time, bandwidth, memory, error."""
     from arena.bench.report import draw_kernels, frame, show_kernels, write
-    from arena.cli import OK, console, names, wrong
     from arena.grid.experiment import near
     from kernels.backends import OPERATORS
     from kernels.bench.contenders import SIZES, comparisons
@@ -98,7 +97,6 @@ def bench_training(
     out: Annotated[str, typer.Option(help="Folder for table and figure.")] = "results/bench",
 ) -> int:
     """Steps per second and runs per hour of fleets, and where the time goes."""
-    from arena.cli import OK, console, names, wrong
     from arena.grid.request import request
 
     numbers = names("--fleets", fleets)

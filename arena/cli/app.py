@@ -1,0 +1,188 @@
+"""The command line: parse, call, print. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from arena.cli.ablate import ablate
+from arena.cli.common import FAILED, INTERRUPTED, OK, WRONG, again, complain, console, wrong
+from arena.cli.dynamics import dynamics
+from arena.cli.machine import bench, doctor
+from arena.cli.train import grid, tune
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compare linear-time sequence mixers on state tracking, counting, recall and memory editing.",
+)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and end the process.
+
+    Exit status: 0 all done; 1 some runs failed; 2 the request was wrong, nothing was started, one line says
+    what; 130 ended by Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        status = typer.main.get_command(app).main(words, prog_name="arena", standalone_mode=False)
+    except KeyboardInterrupt:
+        print(f"stopped; to start again: {again()}")
+        status = INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = OK
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        status = _explain(error, debug)
+    sys.exit(status if isinstance(status, int) else OK)
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    """Print one line about an error; its exit status."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error)
+        return WRONG
+    told = getattr(error, "format_message", None)  # typer's and click's usage errors
+    if told is not None:
+        text = str(told())
+        if text:
+            complain(f"{text.rstrip('.')}; see arena --help")
+        return WRONG
+    if type(error).__name__ in ("ExperimentError", "StoreError"):
+        complain(str(error))
+        return WRONG
+    if type(error).__name__ == "Abort":
+        return INTERRUPTED
+    if isinstance(error, OSError) and error.filename is not None:
+        complain(f"{error.filename}: {error.strerror}")
+        return FAILED
+    text = " ".join(str(error).split())[:300]
+    complain(f"internal error: {type(error).__name__}: {text}" + ("" if debug else " (--debug shows where)"))
+    return FAILED
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"memory-arena {version('memory-arena')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Checks that hold for every command."""
+    from arena.grid.environment import foreign_kernels
+
+    problem = foreign_kernels()
+    if problem is not None:
+        wrong(problem)
+
+
+@app.command("list")
+def list_names(
+    what: Annotated[str, typer.Argument(help="archs, tasks or experiments; without it, all three.")] = "all",
+) -> int:
+    """List architectures, tasks and experiments by name."""
+    if what not in ("all", "archs", "tasks", "experiments"):
+        wrong(f"cannot list {what!r}; choose archs, tasks or experiments")
+    if what in ("all", "archs"):
+        from arena.model import arch_names
+
+        print("architectures (also a+b, which alternates two of them, and xlstm[a:b]):")
+        print("  " + "\n  ".join(arch_names()))
+    if what in ("all", "tasks"):
+        import synthetic_tasks
+
+        print("tasks (arena show NAME says more):")
+        for name in synthetic_tasks.names():
+            print(f"  {name:24} {synthetic_tasks.describe(name).splitlines()[1]}")
+    if what in ("all", "experiments"):
+        from arena.grid.experiment import load_experiment, shipped
+
+        print("experiments (arena grid NAME):")
+        for name in shipped():
+            print(f"  {name:24} {load_experiment(name).title}")
+    return OK
+
+
+app.command()(grid)
+app.command()(tune)
+app.command()(ablate)
+app.command()(dynamics)
+app.command()(doctor)
+app.add_typer(bench, name="bench")
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="A result folder of arena grid.")]) -> int:
+    """Tables and figures of a result folder: printed, and written to DIR/report."""
+    from arena.report import make_report
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        written = make_report(directory, console)
+    for line in dict.fromkeys(str(entry.message) for entry in caught if entry.category is UserWarning):
+        complain(line)
+    from arena.ablation import is_ablation, make_ablation
+
+    if is_ablation(directory):
+        written += make_ablation(directory, console)
+    print("written: " + ", ".join(str(path) for path in written))
+    return OK
+
+
+@app.command()
+def show(
+    task: Annotated[str, typer.Argument(help="Name of a task.")],
+    length: Annotated[
+        int | None, typer.Option(help="Sequence length; default: the shortest legal from 32 on.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Number of sequences.")] = 3,
+    param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, may be given again.")] = None,
+) -> int:
+    """Say what a task is and show example sequences with their targets."""
+    import synthetic_tasks
+
+    try:
+        found = synthetic_tasks.get(task, **dict(_parameter(text) for text in param or []))
+        if length is not None:
+            found.check_length(length)
+    except (ValueError, TypeError) as error:
+        wrong(str(error))
+    if length is not None and length > 100_000:
+        wrong(f"--length is at most 100000 here, not {length}")
+    if not 1 <= examples <= 100:
+        wrong(f"--examples is a number from 1 to 100, not {examples}")
+    print(synthetic_tasks.describe(task))
+    print()
+    print(synthetic_tasks.show(found, samples=examples, length=length, color=sys.stdout.isatty()))
+    return OK
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    import tomllib
+
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()

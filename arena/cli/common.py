@@ -1,0 +1,71 @@
+"""What the commands share: how they speak, refuse and end."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from arena.grid import GridReport
+
+OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+console = Console(highlight=False)
+
+
+def complain(line: str) -> None:
+    """One line on standard error."""
+    print(f"arena: {' '.join(line.split())}", file=sys.stderr)
+
+
+def wrong(line: str) -> NoReturn:
+    """Refuse a request."""
+    complain(line)
+    raise typer.Exit(WRONG)
+
+
+def names(option: str, text: str | None) -> list[str]:
+    """The names of an option, between commas."""
+    if text is None:
+        return []
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        wrong(f"{option} is names with commas between, not {text!r}")
+    return names
+
+
+def check_machine(device: str, workers: int | None, out: str | None) -> None:
+    """Refuse values that no command can use."""
+    if device not in ("cpu", "cuda"):
+        wrong(f"--device is cpu or cuda, not {device!r}")
+    if workers is not None and not 1 <= workers <= 4096:
+        wrong(f"--workers is a number from 1 to 4096, not {workers}")
+    if out is not None and not out.strip():
+        wrong("--out is a folder, not an empty name")
+
+
+def told(report: GridReport, directory: Path) -> int:
+    """Say how things stand after a grid or a tuning; the exit status."""
+    print(f"{report.stored} of {report.planned} runs stored in {directory}")
+    if report.interrupted:
+        print(f"stopped; to go on: {again()}")
+        return INTERRUPTED
+    for run_id, reason in report.failed.items():
+        print(f"failed: {report.labels[run_id]} ({run_id}): {reason}")
+    if report.failed:
+        count, where = len(report.failed), directory / "failures"
+        print(f"{count} runs failed; details in {where}; to try them again: {again()}")
+    if report.others:
+        print(f"{report.others} runs of earlier requests are in {directory} too; reports leave them out")
+    print(f"table and figure: arena report {directory}")
+    return FAILED if report.failed else OK
+
+
+def again() -> str:
+    """The command line that was typed, to be typed again."""
+    return shlex.join(["arena", *sys.argv[1:]])

@@ -1,8 +1,9 @@
 """Running the Triton kernels' tests in Triton's interpreter, on the CPU.
 
-``TRITON_INTERPRET`` counts when Triton is first imported. Where another test of the process was first, the
-tests marked :data:`interpreted` are skipped, and :func:`run_in_a_fresh_process` runs their file by itself.
-Import this module before anything that imports Triton; a file that does needs the fixture ``poisoned`` too.
+``TRITON_INTERPRET`` counts when Triton is first imported, and a whole process interprets or does not: in one
+that does not, the tests marked :data:`interpreted` are skipped and :func:`run_in_a_fresh_process` runs their
+file by itself. The variable is never set here: it would reach the tests of other files, which time or examine
+what a user's process does. A file that imports this module needs the fixture ``poisoned`` too.
 """
 
 import os
@@ -12,7 +13,6 @@ import sys
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
 
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
@@ -23,7 +23,8 @@ INTERPRETED = isinstance(triton.language.zeros, InterpretedFunction) and isinsta
     multiply, InterpretedFunction
 )
 interpreted = pytest.mark.skipif(
-    not INTERPRETED, reason="Triton was imported without its interpreter; test_in_a_fresh_process runs these"
+    not INTERPRETED,
+    reason="this process does not interpret; test_in_a_fresh_process runs these in one that does",
 )
 compiled = pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
 

@@ -41,23 +41,6 @@ def arena(*arguments, cwd=None, **environment):
     )
 
 
-@pytest.fixture
-def here(capsys, monkeypatch, tmp_path):
-    """The command line in this process, to be quick: (arguments) -> exit status, output, errors."""
-    from arena.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.toml").write_text(TINY)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return end.value.code, output.out, output.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")

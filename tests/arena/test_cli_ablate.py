@@ -37,23 +37,6 @@ coupling = ["free", "step"]
 """
 
 
-@pytest.fixture
-def here(capsys, monkeypatch, tmp_path):
-    """The command line in this process: (arguments) -> exit status, output, errors."""
-    from arena.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.toml").write_text(TINY)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return end.value.code, output.out, output.err
-
-    return run
-
-
 def test_every_point_is_tuned_tested_and_reported(here, tmp_path):
     code, out, err = here("ablate", "tiny.toml", "--write", "channel,one", "--workers", 1)
     assert code == 0, err

@@ -1,0 +1,23 @@
+"""What the tests of the commands share."""
+
+import pytest
+
+
+@pytest.fixture
+def here(request, capsys, monkeypatch, tmp_path):
+    """The command line in this process, to be quick: (arguments) -> exit status, output, errors.
+
+    It runs where the experiment ``TINY`` of the test's file lies as tiny.toml.
+    """
+    from arena.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(request.module.TINY)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return end.value.code, output.out, output.err
+
+    return run

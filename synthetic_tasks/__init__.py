@@ -23,7 +23,7 @@ from synthetic_tasks import (  # noqa: F401 - importing a family registers its t
     strings,
     word_problems,
 )
-from synthetic_tasks.base import IGNORE, RESULT_VERSION, SPLITS, Batch, Task, describe, get, names
+from synthetic_tasks.base import IGNORE, RESULT_VERSION, SPLITS, Batch, Task, describe, get, names, register
 from synthetic_tasks.export import TaskDataset, tensors, write_parquet
 from synthetic_tasks.roles import ROLES, Asks, Writes, asks, roles, writes
 from synthetic_tasks.text import show
@@ -42,6 +42,7 @@ __all__ = [
     "describe",
     "get",
     "names",
+    "register",
     "roles",
     "show",
     "tensors",

@@ -306,9 +306,16 @@ _T = TypeVar("_T", bound=type[Task])
 
 
 def register(name: str, family: str) -> Callable[[_T], _T]:
-    """Class decorator: make the task known as `name`."""
+    """Class decorator: make the task known as `name`.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
 
     def add(cls: _T) -> _T:
+        taken = _REGISTRY.get(name)
+        if taken is not None and taken is not cls:
+            raise ValueError(f"task name {name!r} is taken by {taken!r}")
         cls.name, cls.family = name, family
         _REGISTRY[name] = cls
         return cls

@@ -12,7 +12,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from arena.cli.ablate import ablate
-from arena.cli.common import FAILED, INTERRUPTED, OK, WRONG, again, complain, console, wrong
+from arena.cli.common import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    WRONG,
+    again,
+    complain,
+    console,
+    plugins_first,
+    wrong,
+)
 from arena.cli.dynamics import dynamics
 from arena.cli.machine import bench, doctor
 from arena.cli.train import grid, tune
@@ -36,7 +46,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        status = typer.main.get_command(app).main(words, prog_name="arena", standalone_mode=False)
+        status = typer.main.get_command(app).main(
+            plugins_first(words), prog_name="arena", standalone_mode=False
+        )
     except KeyboardInterrupt:
         print(f"stopped; to start again: {again()}")
         status = INTERRUPTED
@@ -61,7 +73,7 @@ def _explain(error: Exception, debug: bool) -> int:
         if text:
             complain(f"{text.rstrip('.')}; see arena --help")
         return WRONG
-    if type(error).__name__ in ("ExperimentError", "StoreError"):
+    if type(error).__name__ in ("ExperimentError", "StoreError", "PluginError"):
         complain(str(error))
         return WRONG
     if type(error).__name__ == "Abort":
@@ -88,13 +100,21 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Module that registers blocks, tasks or measurements; may be given again, anywhere."
+        ),
+    ] = None,
 ) -> None:
     """Checks that hold for every command."""
     from arena.grid.environment import foreign_kernels
+    from arena.plugins import load
 
     problem = foreign_kernels()
     if problem is not None:
         wrong(problem)
+    load(plugin or [])
 
 
 @app.command("list")

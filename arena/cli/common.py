@@ -39,6 +39,28 @@ def names(option: str, text: str | None) -> list[str]:
     return names
 
 
+def plugins_first(words: list[str]) -> list[str]:
+    """The words of a command line with every ``--plugin MODULE`` moved to the front.
+
+    It belongs to all commands, and may be written wherever an option may.
+    """
+    if "--" in words:  # what follows are arguments
+        end = words.index("--")
+        return plugins_first(words[:end]) + words[end:]
+    front: list[str] = []
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--plugin":
+            module = next(left, "")
+            if not module or module.startswith("-"):
+                raise typer.BadParameter("--plugin is followed by the name of a module")
+            front += [word, module]
+        else:
+            (front if word.startswith("--plugin=") else rest).append(word)
+    return front + rest
+
+
 def check_machine(device: str, workers: int | None, out: str | None) -> None:
     """Refuse values that no command can use."""
     if device not in ("cpu", "cuda"):

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 from arena.grid.plan import Fleet
+from arena.plugins import explicit, load
 
 Work = Callable[[Fleet, Callable[[int], None]], Mapping[str, Mapping[str, bytes]]]
 """What a worker does with a fleet: (fleet, progress) -> run id -> file name -> bytes; importable by name."""
@@ -120,7 +121,7 @@ def _start(work: Work, slot: int, threads: int, gpus: int) -> _Worker:
     before = {name: os.environ.get(name) for name in wanted}
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_worker, args=(theirs, work), daemon=True)
+    process = context.Process(target=_worker, args=(theirs, work, explicit()), daemon=True)
     # Ctrl-C reaches every process of the terminal: a blocked signal is inherited, so only the driver sees it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -137,7 +138,7 @@ def _start(work: Work, slot: int, threads: int, gpus: int) -> _Worker:
     return _Worker(process=process, pipe=ours, slot=slot)
 
 
-def _worker(pipe: Connection, work: Work) -> None:
+def _worker(pipe: Connection, work: Work, plugins: tuple[str, ...]) -> None:
     """The main function of a worker process: fleets in, results out, until the driver is gone."""
     threading.Thread(target=_end_with_driver, daemon=True).start()
     while True:
@@ -147,6 +148,7 @@ def _worker(pipe: Connection, work: Work) -> None:
             return
         message: tuple[str, dict[str, Any]]
         try:
+            load(plugins, measurements=False)
             message = ("done", {"results": work(fleet, _Progress(pipe))})
         except Exception as error:
             # by name: the engine itself needs no torch, so that starting it is quick

@@ -11,6 +11,7 @@ from typing import Any
 
 from arena.grid.experiment import Experiment, TaskSection, one_line
 from arena.grid.fields import ExperimentError, near
+from arena.plugins import used
 
 ID_LENGTH = 16
 """Hex digits of a run id: 64 bits, so 128,000 runs collide with a chance of about 4e-10."""
@@ -104,8 +105,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:ID_LENGTH]
 
 
-def result_versions(task: Any) -> dict[str, int]:
-    """The hand-bumped result version of each part; a part raises its own when its results change."""
+def result_versions(task: Any, blocks: Sequence[str] = ()) -> dict[str, Any]:
+    """The hand-bumped result version of each part; a part raises its own when its results change.
+
+    Plug-ins behind the task or one of the ``blocks`` are parts as well: ``plugin:NAME``, with the version of
+    the distribution and a digest of its source.
+    """
     import arena.blocks
     import arena.model
     import arena.training
@@ -122,6 +127,7 @@ def result_versions(task: Any) -> dict[str, int]:
     return {
         "task": task.version,
         **{name: module.RESULT_VERSION for name, module in parts.items()},
+        **{f"plugin:{name}": version for name, version in used(blocks, task.name).items()},
     }
 
 
@@ -163,6 +169,7 @@ def plan_settings(experiment: Experiment, *, device: str = "cpu") -> list[Settin
     Raises:
         ExperimentError: one line that says what is wrong.
     """
+    from arena.model import parse_arch
     from arena.training import TrainConfig
     from arena.training.data import valid_lengths
     from kernels.backends import NAMES, override
@@ -210,7 +217,7 @@ def plan_settings(experiment: Experiment, *, device: str = "cpu") -> list[Settin
                 "model": model,
                 "task": {"name": task.name, "params": task.params},
                 "train": asdict(train),
-                "versions": result_versions(task),
+                "versions": result_versions(task, parse_arch(model["arch"], model["n_layers"])),
                 "device": device,
                 "dtype": "float32",
                 "backend": backend,

@@ -154,16 +154,22 @@ def load_model(directory: str | Path, run_id: str) -> Any:
     """The trained model of a run, on the CPU, in evaluation mode.
 
     Raises:
-        StoreError: there is no such run, or its files are damaged.
+        StoreError: there is no such run, its files are damaged, or it was trained with plug-ins that are not
+            loaded, or in another version.
     """
     import safetensors.torch
 
     from arena.model import ModelConfig, build_model
+    from arena.plugins import PluginError, require
 
     folder = Path(directory) / "runs" / run_id
     if not folder.is_dir():
         raise StoreError(f"{directory} holds no run {run_id!r}")
     config = json.loads(_read(folder, "config.json"))
+    try:
+        require(config["versions"])
+    except PluginError as error:
+        raise StoreError(f"{folder}: {error}") from None
     model = build_model(ModelConfig(**config["model"]), seed=config["replica"]["seed"])
     model.load_state_dict(safetensors.torch.load(_read(folder, "model.safetensors")))
     return model.eval()

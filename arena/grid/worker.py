@@ -24,13 +24,16 @@ def train(fleet: Fleet, progress: Callable[[int], None]) -> dict[str, dict[str, 
 
     Raises:
         arena.training.FleetOutOfMemory: a smaller fleet may fit.
+        arena.plugins.PluginError: this process has not the plug-ins that the runs were planned with.
     """
     import synthetic_tasks
     from arena.grid.environment import environment
     from arena.model import ModelConfig
+    from arena.plugins import loaded, require
     from arena.training import Replica, TrainConfig, train_fleet
 
     config = fleet.runs[0].config
+    require(config["versions"])
     results = train_fleet(
         ModelConfig(**config["model"]),
         synthetic_tasks.get(config["task"]["name"], **config["task"]["params"]),
@@ -39,7 +42,7 @@ def train(fleet: Fleet, progress: Callable[[int], None]) -> dict[str, dict[str, 
         device=config["device"],
         on_step=progress,
     )
-    around = environment()
+    around = {**environment(), **({"plugins": loaded()} if loaded() else {})}
     return {
         run.id: run_files(run, fleet.id, result, around)
         for run, result in zip(fleet.runs, results, strict=True)

@@ -18,6 +18,9 @@ Coupling = Literal["free", "tied", "complement", "step", "dial"]
 Normaliser = Literal["none", "max_abs", "sum"]
 QKMap = Literal["l2", "none", "elu1"]
 
+MOST_MICRO_STEPS = 64
+"""Of a token: a product of K reflections can be any orthogonal map of K key channels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateSpec:
@@ -73,11 +76,17 @@ class GateSpec:
     (mLSTM), ``sum`` n^T q + 1e-6 (linear attention; needs positive features)."""
     qk_map: QKMap = "l2"
     """On queries and keys, per head: ``l2`` normalisation, ``none``, or ``elu1`` elu(x) + 1."""
+    micro_steps: int = 1
+    """n of DeltaProduct (arXiv 2502.10297): a token decays the memory once and then updates it n times, each
+    with a key, a value, an erase and a write of its own; its read comes after the last of them."""
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}")
+        n = self.micro_steps
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_MICRO_STEPS:
+            raise ValueError(f"micro_steps must be an integer in 1..{MOST_MICRO_STEPS}, got {n!r}")
         if not 0 <= self.a_range[0] < self.a_range[1]:
             raise ValueError(f"a_range must be 0 <= low < high, got {self.a_range}")
         for name in ("erase_value", "write_value", "dial"):
@@ -180,6 +189,11 @@ def _contradictions(g: GateSpec) -> list[tuple[bool, str]]:
             g.normaliser == "sum" and (g.qk_map != "elu1" or g.signed or g.erase != "none"),
             "normaliser='sum' needs positive features (qk_map='elu1'), no erase and a positive decay",
         ),
+        (g.micro_steps > 1 and exponential, "exponential write has one micro-step"),
+        (
+            g.micro_steps > 1 and g.coupling in ("complement", "step"),
+            f"coupling={g.coupling!r} computes write from a token's one decay: it takes one micro-step",
+        ),
     ]
 
 
@@ -237,15 +251,15 @@ class TraceField(NamedTuple):
 
 TRACE_FIELDS: dict[str, TraceField] = {
     "q": TraceField("B T H K", "1", "query as the memory reads with it, scale included: read = state^T q"),
-    "k": TraceField("B T H K", "1", "key as the memory writes with it"),
-    "v": TraceField("B T H V", "1", "value before the write gate"),
-    "decay": TraceField("B T H K|1", "1", "factor on the old memory, signed; 1 keeps all, 0 forgets all"),
-    "log_decay": TraceField("B T H K|1", "nat", "ln |decay|"),
+    "k": TraceField("B M H K", "1", "key as the memory writes with it"),
+    "v": TraceField("B M H V", "1", "value before the write gate"),
+    "decay": TraceField("B M H K|1", "1", "factor on the old memory, signed; 1 keeps all, 0 forgets all"),
+    "log_decay": TraceField("B M H K|1", "nat", "ln |decay|"),
     "erase": TraceField(
-        "B T H K|1", "1", "part of the old value at the key that is taken out; 1 replaces, 2 reflects"
+        "B M H K|1", "1", "part of the old value at the key that is taken out; 1 replaces, 2 reflects"
     ),
-    "write": TraceField("B T H V|1", "1", "factor on the value that is written"),
-    "step": TraceField("B T H 1", "1", "step size from which decay and write both come"),
+    "write": TraceField("B M H V|1", "1", "factor on the value that is written"),
+    "step": TraceField("B M H 1", "1", "step size from which decay and write both come"),
     "input_gate": TraceField(
         "B T H V|1", "1", "pre-activation of the input gate (ln of an exponential write)"
     ),
@@ -257,7 +271,11 @@ TRACE_FIELDS: dict[str, TraceField] = {
     "attention": TraceField("B H T S", "1", "weight of token S in the read of token T; rows sum to 1"),
     "state": TraceField("B T H K V", "1", "matrix memory after the token"),
 }
-"""Name -> axes, unit, meaning. K|1 stands for a gate per channel or one per head; sizes of 1 are kept."""
+"""Name -> axes, unit, meaning. K|1 stands for a gate per channel or one per head; sizes of 1 are kept.
+
+M = T * ``Block.micro_steps``: the updates of the memory, those of a token one after the other. M is T for a
+block with one micro-step a token, as are all but DeltaProduct and RWKV-7. A decay stands at a token's first
+micro-step; at the others it is 1."""
 
 
 def state_bytes(state: Mapping[str, Tensor]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from arena.blocks import Block, block_names, block_options, build_block
 from arena.blocks.base import State, no_weight_decay
 from arena.blocks.outer import RMSNorm
-from arena.blocks.registry import near
+from arena.blocks.registry import name_error, near
 
 RESULT_VERSION = 1
 """Bumped by hand when results of this part change; part of every run's id."""
@@ -81,7 +81,10 @@ class ModelConfig:
 
 
 def arch_names() -> list[str]:
-    """Architectures by name: every block, and the stack ``xlstm[1:1]``; ``a+b`` combines any two blocks."""
+    """Architectures by name: every block, and the stack ``xlstm[1:1]``; ``a+b`` combines any two blocks.
+
+    A family of blocks is there once: ``deltaproduct[2]`` for ``deltaproduct[n]``.
+    """
     return sorted([*block_names(), "xlstm[1:1]"])
 
 
@@ -114,11 +117,11 @@ def parse_arch(arch: str, n_layers: int) -> list[str]:
         period = arch.split("+")
         if len(period) > 2:
             raise ValueError(f"{arch!r}: a stack alternates two blocks (a+b), not {len(period)}")
-    known = block_names()
     for name in period:
-        if name not in known:
-            what = f"architecture {arch!r}" if name == arch else f"block {name!r} in architecture {arch!r}"
-            raise ValueError(f"unknown {what}{near(name, arch_names())}")
+        what = f"architecture {arch!r}" if name == arch else f"block {name!r} in architecture {arch!r}"
+        wrong = name_error(name, what=what, known=arch_names())
+        if wrong is not None:
+            raise ValueError(wrong)
     if n_layers < len(period):
         raise ValueError(_too_few_layers(arch, len(period), n_layers))
     return [period[layer % len(period)] for layer in range(n_layers)]

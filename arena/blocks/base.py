@@ -29,9 +29,11 @@ class Block(nn.Module):
         d_model: D, the width of x and y.
         mlp: Which MLP the model puts after the block: ``"swiglu"`` (the model's default one), ``"gelu"``
             (gated GELU of factor 1.3, official sLSTM) or ``"none"`` (official mLSTM and Mamba-2).
+        micro_steps: Updates of a matrix memory a token; see ``arena.memory.TRACE_FIELDS``.
     """
 
     mlp: Literal["swiglu", "gelu", "none"] = "swiglu"
+    micro_steps: int = 1
 
     def __init__(self, d_model: int) -> None:
         super().__init__()

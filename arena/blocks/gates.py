@@ -22,7 +22,10 @@ BOUNDED_LOG_DECAY = -5.0
 
 
 class GateValues(NamedTuple):
-    """The gates of every token; None is an absent gate. Shapes [B,T,H] (one a head) or [B,T,H,K or V]."""
+    """The gates of every token; None is an absent gate. Shapes [B,T,H] (one a head) or [B,T,H,K or V].
+
+    With n micro-steps a token, T stands for their number, n times that of the tokens.
+    """
 
     log_decay: Tensor | None = None
     erase: Tensor | None = None
@@ -93,7 +96,8 @@ class Gates(nn.Module):
     bias where it is one a channel (KDA, GDN-2: the rank is the head's value width); ``sigmoid_root`` has rank
     16 and a bias (GLA). Erase and write are sigmoids of full projections without bias; a ``mean`` gate has
     the parameters of a ``channel`` gate, and its value is the mean of that gate over a head's channels.
-    mLSTM's gates start at zero weight, so that the biases alone decide.
+    mLSTM's gates start at zero weight, so that the biases alone decide. With micro-steps, erase and write
+    have that many outputs, the first micro-step's first; decay is one a token, at its first micro-step.
     """
 
     def __init__(self, spec: GateSpec, *, d_model: int, n_heads: int, key_dim: int, value_dim: int) -> None:
@@ -102,13 +106,14 @@ class Gates(nn.Module):
             raise ValueError(f"tied channel gates need K = V, got K={key_dim}, V={value_dim}")
         self.spec = spec
         self.n_heads = n_heads
+        updates = spec.micro_steps * n_heads
         if spec.decay != "none":
             channels = 1 if spec.decay == "scalar" else key_dim
             self.decay_in = self._decay_projection(d_model, n_heads * channels, value_dim)
             self.decay = self._decay_parameters(n_heads, channels)
         if spec.erase != "none" and spec.erase_value is None:
             channels = 1 if spec.erase == "scalar" else key_dim
-            self.erase = nn.Linear(d_model, n_heads * channels, bias=False)
+            self.erase = nn.Linear(d_model, updates * channels, bias=False)
         if spec.write == "exponential":
             self.input = nn.Linear(d_model, n_heads)
             nn.init.zeros_(self.input.weight)
@@ -116,9 +121,9 @@ class Gates(nn.Module):
             no_weight_decay(self.input.bias)
         elif spec.write != "one" and spec.write_value is None and spec.coupling in ("free", "dial"):
             channels = 1 if spec.write == "scalar" else value_dim
-            self.write = nn.Linear(d_model, n_heads * channels, bias=False)
+            self.write = nn.Linear(d_model, updates * channels, bias=False)
         if spec.coupling == "dial":
-            self.shared = nn.Linear(d_model, n_heads, bias=False)
+            self.shared = nn.Linear(d_model, updates, bias=False)
 
     def _decay_projection(self, d_model: int, width: int, value_dim: int) -> nn.Module:
         if self.spec.decay_form == "sigmoid":
@@ -141,7 +146,7 @@ class Gates(nn.Module):
         return nn.Identity()
 
     def forward(self, x: Tensor) -> GateValues:
-        """Gates of x [B,T,D]."""
+        """Gates of x [B,T,D]; with n micro-steps a token, of T n updates."""
         spec = self.spec
         if spec.write == "exponential":
             forget_gate = self._axis(self.decay(self._heads(self.decay_in(x))), "scalar")
@@ -152,7 +157,7 @@ class Gates(nn.Module):
         if spec.erase != "none":
             erase = self._frozen(x, spec.erase_value)
         if spec.erase != "none" and erase is None:
-            erase = spec.erase_range * self._axis(torch.sigmoid(self._heads(self.erase(x))), spec.erase)
+            erase = spec.erase_range * self._axis(torch.sigmoid(self._updates(self.erase(x))), spec.erase)
         if spec.coupling == "tied":
             write = erase
         elif spec.coupling == "step":
@@ -166,13 +171,17 @@ class Gates(nn.Module):
         elif spec.write_value is not None:
             write = self._frozen(x, spec.write_value)
         elif spec.write != "one":
-            write = self._axis(torch.sigmoid(self._heads(self.write(x))), spec.write)
+            write = self._axis(torch.sigmoid(self._updates(self.write(x))), spec.write)
         if spec.coupling == "dial":
             assert spec.dial is not None and erase is not None and write is not None
-            shared = (1 - spec.dial) * spec.erase_range * torch.sigmoid(self.shared(x))
+            shared = (1 - spec.dial) * spec.erase_range * torch.sigmoid(self._updates(self.shared(x))[..., 0])
             erase, write = _plus(shared, spec.dial * erase), _plus(shared, spec.dial * write)
         if spec.signed and log_decay is not None:
             log_decay, decay_sign = signed_decay(log_decay)
+        if log_decay is not None:
+            log_decay = at_micro_step(log_decay, 0, spec.micro_steps)
+        if decay_sign is not None:
+            decay_sign = at_micro_step(decay_sign, 0, spec.micro_steps, elsewhere=1.0)
         step = step if spec.coupling == "step" else None
         return GateValues(log_decay, erase, write, decay_sign, step=step, key=key)
 
@@ -193,9 +202,14 @@ class Gates(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, -1))
 
+    def _updates(self, x: Tensor) -> Tensor:
+        """[B,T,n H C] to [B,T n,H,C]."""
+        return micro_heads(x, self.spec.micro_steps, self.n_heads)
+
     def _frozen(self, x: Tensor, value: float | None) -> Tensor | None:
-        """A gate [B,T,H] that is the same for every token, or None where it is not frozen."""
-        return None if value is None else x.new_full((*x.shape[:2], self.n_heads), value)
+        """A gate [B,T n,H] that is the same for every token, or None where it is not frozen."""
+        shape = (x.shape[0], x.shape[1] * self.spec.micro_steps, self.n_heads)
+        return None if value is None else x.new_full(shape, value)
 
     @staticmethod
     def _axis(x: Tensor, axis: str) -> Tensor:
@@ -203,6 +217,21 @@ class Gates(nn.Module):
         if axis == "mean":
             return x.mean(-1)
         return x[..., 0] if axis == "scalar" else x
+
+
+def micro_heads(x: Tensor, micro_steps: int, n_heads: int) -> Tensor:
+    """[B,T,n H C] to [B,T n,H,C]: all heads and channels of a token's first micro-step come first."""
+    if micro_steps == 1:
+        return x.unflatten(-1, (n_heads, -1))
+    return x.unflatten(-1, (micro_steps, n_heads, -1)).flatten(1, 2)
+
+
+def at_micro_step(x: Tensor, index: int, micro_steps: int, *, elsewhere: float = 0.0) -> Tensor:
+    """[B,T,...] to [B,T n,...]: what a token has at its micro-step ``index``, else ``elsewhere``."""
+    if micro_steps == 1:
+        return x
+    around = (0, 0) * (x.dim() - 2) + (index, micro_steps - 1 - index)
+    return F.pad(x[:, :, None], around, value=elsewhere).flatten(1, 2)
 
 
 def _plus(shared: Tensor, own: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ or, where its gates are computed in a way of its own, subclass :class:`MatrixMem
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,23 +21,24 @@ from torch import Tensor, nn
 import kernels
 from arena.blocks.base import Block, State, memory_dtype
 from arena.blocks.correction import correction_memory
-from arena.blocks.gates import Gates, GateValues
+from arena.blocks.gates import Gates, GateValues, at_micro_step, micro_heads
 from arena.blocks.outer import COMMON, LayerSpec, OutputGate, RMSNorm, ShortConv, l2_norm, xavier_
-from arena.blocks.registry import register
-from arena.memory import GateSpec
+from arena.blocks.registry import register, register_family
+from arena.memory import MOST_MICRO_STEPS, NAMED, GateSpec
 from kernels.gated_memory.mlstm import EPS, stabiliser
 
 
 class Inputs(NamedTuple):
-    """What a memory gets, and what the layer keeps for later."""
+    """What a memory gets, and what the layer keeps for later; M = T * micro_steps."""
 
     q: Tensor
     """[B,T,H,K]"""
     k: Tensor
-    """[B,T,H,K]"""
+    """[B,M,H,K]"""
     v: Tensor
-    """[B,T,H,V]"""
+    """[B,M,H,V]"""
     gates: GateValues
+    """Of the M updates."""
     carry: State
     """State of the layer apart from the memory (rows of the convolution)."""
     skip: Tensor | None = None
@@ -62,6 +63,7 @@ class MemoryBlock(Block):
     def __init__(self, *, d_model: int, n_heads: int, spec: GateSpec, key_dim: int, value_dim: int) -> None:
         super().__init__(d_model)
         self.spec = spec
+        self.micro_steps = spec.micro_steps
         self.n_heads = n_heads
         self.key_dim = key_dim
         self.value_dim = value_dim
@@ -85,7 +87,10 @@ class MemoryBlock(Block):
         return self.output(x, into, read), {**memory, **into.carry}
 
     def recall(self, into: Inputs, state: State | None) -> tuple[Tensor, State]:
-        """Run the memory: what the heads read [B,T,H,V], after the normaliser, and the memory's new state."""
+        """Run the memory: what the heads read [B,T,H,V], after the normaliser, and the memory's new state.
+
+        With micro-steps the query stands at a token's last one; at the others it is 0 and the read dropped.
+        """
         q, k, v, gates = into.q, into.k, into.v, into.gates
         if gates.input_gate is not None and gates.forget_gate is not None:
             held = None if state is None else (state["memory"], state["normaliser"], state["stabiliser"])
@@ -94,9 +99,11 @@ class MemoryBlock(Block):
             )
             return read, {"memory": memory, "normaliser": normaliser, "stabiliser": stabiliser}
         before = None if state is None else state["memory"]
+        last = self.micro_steps - 1
+        q = at_micro_step(q, last, self.micro_steps)
         if self.spec.write_on == "correction":
             read, memory = correction_memory(q, k, v, gates, scale=self.scale, initial_state=before)
-            return read, {"memory": memory}
+            return read[:, last :: self.micro_steps], {"memory": memory}
         if self.spec.normaliser != "none":
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         read, memory = kernels.gated_memory(
@@ -110,6 +117,7 @@ class MemoryBlock(Block):
             scale=self.scale,
             initial_state=before,
         )
+        read = read[:, last :: self.micro_steps]
         if self.spec.normaliser != "none":
             read = read[..., :-1] / self.divisor(read[..., -1:])
         return read, {"memory": memory}
@@ -140,7 +148,7 @@ class MemoryBlock(Block):
         return state
 
     def trace(self, x: Tensor, state: State | None = None, *, states: bool = False) -> dict[str, Tensor]:
-        """See :class:`~arena.blocks.base.Block`; absent gates appear with their neutral value, [B,T,H,1].
+        """See :class:`~arena.blocks.base.Block`; absent gates appear with their neutral value, [B,M,H,1].
 
         Where write gates the whole correction, erase is one number for every pair of a key and a value
         channel, for which the vocabulary has no name: it is left out.
@@ -150,7 +158,7 @@ class MemoryBlock(Block):
         scale = self.key_dim**-0.5 if self.scale is None else self.scale
         if self.spec.write == "exponential":
             k, scale = k * scale, 1.0  # mLSTM scales its keys instead of its queries
-        one = q.new_ones(*q.shape[:3], 1)
+        one = k.new_ones(*k.shape[:3], 1)
         log_decay = 0 * one if gates.log_decay is None else _with_axis(gates.log_decay)
         sign = one if gates.decay_sign is None else _with_axis(gates.decay_sign)
         trace = {
@@ -187,8 +195,9 @@ class MemoryBlock(Block):
             k, scale, write = k * self.key_dim**-0.5, 1.0, gates.input_gate.double().exp()
             if state is not None:
                 start = state["normaliser"][..., None] * state["stabiliser"].double().exp()[..., None, None]
+        last = self.micro_steps - 1
         return kernels.gated_memory(
-            into.q.double(),
+            at_micro_step(into.q.double(), last, self.micro_steps),
             k.double(),
             torch.ones_like(into.v[..., :1], dtype=torch.float64),
             gates.log_decay,
@@ -197,7 +206,7 @@ class MemoryBlock(Block):
             decay_sign=gates.decay_sign,
             scale=scale,
             initial_state=start,
-        )[0]
+        )[0][:, last :: self.micro_steps]
 
     def _beside(self, into: Inputs, state: State | None) -> Tensor | float:
         """What mLSTM adds to its divisor, 1e-6 relative to its stabiliser: 1e-6 exp(m), [B,T,H,1]."""
@@ -209,11 +218,11 @@ class MemoryBlock(Block):
 
     def _every_state(self, into: Inputs, state: State | None) -> Tensor:
         """The memory after every token, [B,T,H,K,V]."""
-        every = []
+        every, n = [], self.micro_steps
         for t in range(into.q.shape[1]):
-            q, k, v = (y[:, t : t + 1] for y in (into.q, into.k, into.v))
-            gates = GateValues(*(None if y is None else y[:, t : t + 1] for y in into.gates))
-            _, state = self.recall(Inputs(q, k, v, gates, {}), state)
+            k, v = (y[:, t * n : (t + 1) * n] for y in (into.k, into.v))
+            gates = GateValues(*(None if y is None else y[:, t * n : (t + 1) * n] for y in into.gates))
+            _, state = self.recall(Inputs(into.q[:, t : t + 1], k, v, gates, {}), state)
             memory = state["memory"][..., : self.value_dim]
             if "stabiliser" in state:
                 memory = memory * state["stabiliser"].exp()[..., None, None]
@@ -244,7 +253,8 @@ class MatrixMemoryBlock(MemoryBlock):
         key_dim, value_dim = layer.head_dims(d_model, n_heads)
         super().__init__(d_model=d_model, n_heads=n_heads, spec=spec, key_dim=key_dim, value_dim=value_dim)
         self.layer = layer
-        self.widths = [n_heads * key_dim, n_heads * key_dim, n_heads * value_dim]
+        updates = n_heads * spec.micro_steps
+        self.widths = [n_heads * key_dim, updates * key_dim, updates * value_dim]
         conv = conv or layer.conv
         activation = layer.activation == "silu" or conv != "none"
         self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
@@ -275,7 +285,10 @@ class MatrixMemoryBlock(MemoryBlock):
     def inputs(self, x: Tensor, state: State | None) -> Inputs:
         """See :class:`MemoryBlock`."""
         mixed, rows = self.conv(self.qkv(x), x, None if state is None else state.get("conv"))
-        q, k, v = (y.unflatten(-1, (self.n_heads, -1)) for y in mixed.split(self.widths, -1))
+        steps = (1, self.micro_steps, self.micro_steps)
+        q, k, v = (
+            micro_heads(y, n, self.n_heads) for y, n in zip(mixed.split(self.widths, -1), steps, strict=True)
+        )
         if self.spec.qk_map == "l2":
             q, k = l2_norm(q), l2_norm(k)
         elif self.spec.qk_map == "elu1":
@@ -342,19 +355,26 @@ def register_memory(
     official_gates: Mapping[str, Any] | None = None,
     block: type[MatrixMemoryBlock] = MatrixMemoryBlock,
 ) -> None:
-    """Make an architecture known to ``build_block``, with the options ``gates`` and ``output_gate``.
+    """Make an architecture known to ``build_block``; arguments as of :func:`memory_builder`."""
+    register(name)(memory_builder(spec, official=official, official_gates=official_gates, block=block))
 
-    These options are those of :func:`matrix_block`.
+
+def memory_builder(
+    spec: GateSpec,
+    *,
+    official: LayerSpec = COMMON,
+    official_gates: Mapping[str, Any] | None = None,
+    block: type[MatrixMemoryBlock] = MatrixMemoryBlock,
+) -> Callable[..., Block]:
+    """What builds an architecture, with the options ``gates`` and ``output_gate`` of :func:`matrix_block`.
 
     Args:
-        name: For ``build_block``.
         spec: The memory.
         official: The layer of the paper.
         official_gates: Where the memory itself is another one in the paper than in the common layer.
         block: A subclass, for gates that are computed in another way.
     """
 
-    @register(name)
     def build(
         *,
         d_model: int,
@@ -378,3 +398,13 @@ def register_memory(
             output_gate=output_gate,
             block=block,
         )
+
+    return build
+
+
+def register_product(name: str, base: str, *, official: LayerSpec) -> None:
+    """Make the family ``name`` known: the architecture ``base`` with n micro-steps a token."""
+
+    @register_family(name, largest=MOST_MICRO_STEPS)
+    def build(n: int) -> Callable[..., Block]:
+        return memory_builder(NAMED[base].replace(micro_steps=n), official=official)

@@ -6,13 +6,17 @@
 
 Every module of the package ``arena.blocks`` is imported with it, so a new file there needs no list to be
 edited; a file elsewhere registers its block when it is imported.
+
+A name may carry a number, ``deltaproduct[2]-neg``: such a family is registered once, by
+:func:`register_family`, and every number in its range is a name.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from arena.blocks.base import Block
@@ -31,6 +35,9 @@ _SHARED = ("d_model", "n_heads", "outer", "conv", "depth")
 
 Builder = TypeVar("Builder", bound=Callable[..., Block])
 _BUILDERS: dict[str, Callable[..., Block]] = {}
+_FAMILIES: dict[str, tuple[Callable[[int], Callable[..., Block]], int]] = {}
+"""Name with ``[n]`` in place of the number -> (number -> builder, largest number)."""
+_NUMBERED = re.compile(r"([^\[\]]+)\[(0|[1-9]\d{0,8})\]((?:-[a-z]+)?)")
 
 
 def register(name: str) -> Callable[[Builder], Builder]:
@@ -53,9 +60,52 @@ def register(name: str) -> Callable[[Builder], Builder]:
     return add
 
 
+def register_family(
+    name: str, *, largest: int
+) -> Callable[[Callable[[int], Callable[..., Block]]], Callable[[int], Callable[..., Block]]]:
+    """Decorator: make a function from n in 1..``largest`` to a builder known as ``name``, which has ``[n]``.
+
+    Raises:
+        ValueError: If the name is taken or has no place for the number.
+    """
+    if name.count("[n]") != 1 or not _NUMBERED.fullmatch(name.replace("[n]", "[1]")):
+        raise ValueError(f"the name of a family is such as 'mine[n]' or 'mine[n]-neg', not {name!r}")
+
+    def add(factory: Callable[[int], Callable[..., Block]]) -> Callable[[int], Callable[..., Block]]:
+        if name in _FAMILIES:
+            raise ValueError(f"block name {name!r} is taken by {_FAMILIES[name]!r}")
+        _FAMILIES[name] = factory, largest
+        return factory
+
+    return add
+
+
 def block_names() -> list[str]:
-    """All registered names, sorted."""
-    return sorted(_BUILDERS)
+    """All registered names, sorted; a family stands there once, with the number 2."""
+    return sorted([*_BUILDERS, *(name.replace("[n]", "[2]") for name in _FAMILIES)])
+
+
+def name_error(name: str, *, what: str, known: Sequence[str]) -> str | None:
+    """Why no block has this name, or None if one has.
+
+    Args:
+        name: as it was typed.
+        what: what the message calls it, ``block 'gdm'`` say.
+        known: names to suggest the near ones of.
+    """
+    if name in _BUILDERS:
+        return None
+    found = _NUMBERED.fullmatch(name)
+    if found and f"{found[1]}[n]{found[3]}" in _FAMILIES:
+        family = f"{found[1]}[n]{found[3]}"
+        largest = _FAMILIES[family][1]
+        return None if 1 <= int(found[2]) <= largest else f"{what}: n of {family} is in 1..{largest}"
+    stem = re.split(r"[\[\]-]", name, maxsplit=1)[0]
+    mine = sorted(family for family in _FAMILIES if family.startswith(f"{stem}[n]"))
+    if mine:  # deltaproduct, deltaproduct-neg, deltaproduct-neg[2], deltaproduct[two]
+        family = mine[-1] if "-neg" in name else mine[0]
+        return f"{what}: write {family} with its number, such as {family.replace('[n]', '[2]')}"
+    return f"unknown {what}{near(name, known)}"
 
 
 def block_options(name: str) -> dict[str, Any]:
@@ -77,7 +127,7 @@ def build_block(
     """Build a block with fresh weights from torch's global generator.
 
     Args:
-        name: One of :func:`block_names`.
+        name: One of :func:`block_names`, a family with any number of its range.
         d_model: Width D of the input and output.
         n_heads: Heads H; must divide ``d_model``.
         outer: ``"common"`` (one layer shared by all architectures, only the memory differs) or ``"official"``
@@ -118,7 +168,7 @@ def _check_kind(name: str, key: str, value: Any) -> None:
         raise ValueError(f"option {key!r} of block {name!r} is {wanted}, not {value!r}")
 
 
-def near(word: str, known: list[str] | tuple[str, ...]) -> str:
+def near(word: str, known: Sequence[str]) -> str:
     """The tail of an error message: names that resemble ``word``, or else all that are known."""
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:
@@ -127,6 +177,11 @@ def near(word: str, known: list[str] | tuple[str, ...]) -> str:
 
 
 def _builder(name: str) -> Callable[..., Block]:
-    if name not in _BUILDERS:
-        raise ValueError(f"unknown block {name!r}{near(name, block_names())}")
-    return _BUILDERS[name]
+    wrong = name_error(name, what=f"block {name!r}", known=block_names())
+    if wrong is not None:
+        raise ValueError(wrong)
+    if name in _BUILDERS:
+        return _BUILDERS[name]
+    found = _NUMBERED.fullmatch(name)
+    assert found is not None
+    return _FAMILIES[f"{found[1]}[n]{found[3]}"][0](int(found[2]))

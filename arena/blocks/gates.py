@@ -39,6 +39,10 @@ class GateValues(NamedTuple):
     """[B,T,H]: pre-activation of the sigmoid decay that goes with an exponential write."""
     key: Tensor | None = None
     """[B,T,H,K]: factor on the key, where write is a gate on the channels of K (``complement``)."""
+    present: Tensor | None = None
+    """[B,T,H]: share of write that goes to this token, the rest to the one before (Mamba-3)."""
+    angle: Tensor | None = None
+    """[B,T,H,P] float64: by how much the token turns each pair of key channels, in rad (Mamba-3)."""
 
 
 class StepDecay(nn.Module):
@@ -53,9 +57,7 @@ class StepDecay(nn.Module):
         # A = 0 would be a head whose decay can never be learned.
         a = torch.empty(n_heads, 1).uniform_(*a_range).clamp_min(1e-4)
         self.A_log = no_weight_decay(nn.Parameter(a.log()))
-        low, high = math.log(1e-3), math.log(1e-1)
-        step = torch.empty(n_heads, channels).uniform_(low, high).exp().clamp_min(1e-4)
-        self.dt_bias = no_weight_decay(nn.Parameter(step + torch.log(-torch.expm1(-step))))
+        self.dt_bias = step_bias(n_heads, channels)
 
     def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations f [B,T,H,C] to (log decay, step), both [B,T,H,C]."""
@@ -232,6 +234,12 @@ def at_micro_step(x: Tensor, index: int, micro_steps: int, *, elsewhere: float =
         return x
     around = (0, 0) * (x.dim() - 2) + (index, micro_steps - 1 - index)
     return F.pad(x[:, :, None], around, value=elsewhere).flatten(1, 2)
+
+
+def step_bias(*shape: int) -> nn.Parameter:
+    """The inverse softplus of a step that is log-uniform in [1e-3, 1e-1]; not decayed."""
+    step = torch.empty(shape).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_min(1e-4)
+    return no_weight_decay(nn.Parameter(step + torch.log(-torch.expm1(-step))))
 
 
 def _plus(shared: Tensor, own: Tensor) -> Tensor:

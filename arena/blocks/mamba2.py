@@ -47,18 +47,8 @@ class OfficialMamba2(MemoryBlock):
         headdim: int | None,
         d_state: int | None,
     ) -> None:
-        if headdim is None:
-            headdim = max(1, d_model // (2 * n_heads))
-        if d_state is None:
-            d_state = max(1, d_model // (2 * n_heads))
-        if d_state < 1:
-            raise ValueError(f"d_state must be at least 1, got {d_state}")
-        inner = 2 * d_model
-        if headdim < 1 or inner % headdim:
-            raise ValueError(
-                f"headdim must divide 2 d_model = {inner}, got {headdim}; set the option headdim"
-            )
-        heads = inner // headdim
+        headdim, d_state, heads = head_sizes(d_model, n_heads, headdim, d_state)
+        inner = heads * headdim
         super().__init__(d_model=d_model, n_heads=heads, spec=spec, key_dim=d_state, value_dim=headdim)
         self.widths = [inner, inner + 2 * d_state, heads]
         self.project = nn.Linear(d_model, sum(self.widths), bias=False)
@@ -91,6 +81,22 @@ class OfficialMamba2(MemoryBlock):
         """See :class:`~arena.blocks.matrix.MemoryBlock`."""
         y = (read + self.D * into.v) * self.output_gate(x, into)
         return self.out(self.norm(y.flatten(-2)))
+
+
+def head_sizes(d_model: int, n_heads: int, headdim: int | None, d_state: int | None) -> tuple[int, int, int]:
+    """headdim, d_state and number of heads of an official layer (Mamba-2's, Mamba-3's); None: the default.
+
+    Raises:
+        ValueError: They do not fit d_model.
+    """
+    inner, default = 2 * d_model, max(1, d_model // (2 * n_heads))
+    headdim = default if headdim is None else headdim
+    d_state = default if d_state is None else d_state
+    if d_state < 1:
+        raise ValueError(f"d_state must be at least 1, got {d_state}")
+    if headdim < 1 or inner % headdim:
+        raise ValueError(f"headdim must divide 2 d_model = {inner}, got {headdim}; set the option headdim")
+    return headdim, d_state, inner // headdim
 
 
 def _build(

@@ -30,14 +30,18 @@ POINTS = {
 }
 """Points of gate space that no architecture has, as changes to gdn2."""
 
-CASES = [(name, outer) for name in [*block_names(), *POINTS] for outer in ("common", "official")]
+OPTIONS = {"mamba3, MIMO": ("mamba3", dict(rank=2))}
+"""Blocks whose options change what they carry."""
+
+CASES = [(name, outer) for name in [*block_names(), *POINTS, *OPTIONS] for outer in ("common", "official")]
 each_block = pytest.mark.parametrize(("name", "outer"), CASES, ids=[f"{n}-{o}" for n, o in CASES])
 
 
 def build(name, **arguments) -> Block:
     if name in POINTS:
         return build_block("gdn2", d_model=D, n_heads=H, gates=POINTS[name], **arguments)
-    return build_block(name, d_model=D, n_heads=H, **arguments)
+    name, options = OPTIONS.get(name, (name, {}))
+    return build_block(name, d_model=D, n_heads=H, **options, **arguments)
 
 
 def make(name, outer, *, seed=0, dtype=torch.float64) -> Block:

@@ -260,7 +260,7 @@ TRACE_FIELDS: dict[str, TraceField] = {
     ),
     "write": TraceField("B M H V|1", "1", "factor on the value that is written"),
     "angle": TraceField(
-        "B M H P", "rad", "by how much the memory turns, with its decay, in channels 2 i and 2 i + 1 of the key"
+        "B M H P", "rad", "by how much the memory turns, with its decay, in key channels 2 i and 2 i + 1"
     ),
     "step": TraceField("B M H 1", "1", "step size from which decay and write both come"),
     "input_gate": TraceField(
@@ -277,9 +277,9 @@ TRACE_FIELDS: dict[str, TraceField] = {
 """Name -> axes, unit, meaning. K|1 stands for a gate per channel or one per head; sizes of 1 are kept.
 
 M = T * ``Block.micro_steps``: the updates of the memory, those of a token one after the other. M is T for a
-block with one micro-step a token, as are all but DeltaProduct, RWKV-7 and Mamba-3. A decay stands at a token's
-first micro-step; at the others it is 1. An angle stands with the decay, P <= K/2 of them: D_t R_t is in place
-of D_t, R_t the rotation that takes channel 2 i towards 2 i + 1."""
+block with one micro-step a token, as are all but DeltaProduct, RWKV-7 and Mamba-3. A decay stands at a
+token's first micro-step; at the others it is 1. An angle stands with the decay, P <= K/2 of them: D_t R_t is
+in the place of D_t, R_t the rotation that takes channel 2 i towards 2 i + 1."""
 
 
 def state_bytes(state: Mapping[str, Tensor]) -> int:

@@ -3,10 +3,12 @@
 python tools/readme.py retnet            # the example architecture, from tests/arena/retnet.py
 python tools/readme.py demo RESULTS_DIR  # the table and figure of a finished quickstart
 python tools/readme.py bench             # runs the CPU benchmark (minutes; leave the machine alone)
+python tools/readme.py gpu               # the GPU tables, from experiments/benchmarks
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -80,6 +82,80 @@ def bench() -> str:
     return f"{how}\n\n{table}"
 
 
+def gpu() -> str:
+    """What was recorded on a GPU, as tables."""
+    folder = ROOT / "experiments" / "benchmarks"
+    names = ("training", "operators", "gated_memory", "short_conv", "slstm")
+    files = {name: json.loads((folder / f"{name}_h100.json").read_text(encoding="utf-8")) for name in names}
+    links = {name: f"[`{name}_h100.json`](experiments/benchmarks/{name}_h100.json)" for name in names}
+    fleets = [
+        [
+            row["fleet"],
+            f"{row['runs_per_hour']:.0f}",
+            f"{row['times_one_by_one']:.1f}",
+            f"{row['data_share']:.0%}",
+        ]
+        for row in files["training"]["rows"]
+    ]
+    paths: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in files["operators"]["rows"]:
+        key = (row["setting"], row["shape"], row["dtype"], row["direction"])
+        paths.setdefault(key, {})[row["contender"]] = row["ms"]
+    times = [
+        [*key, f"{ms['ours (chunked)'] / ms['ours (triton)']:.0f}"]
+        for key, ms in paths.items()
+        if "ours (triton)" in ms
+    ]
+    beside = [
+        [
+            row["point"],
+            _shape(row["shape_BTHKV"]),
+            row["pass"],
+            f"{row['ratio_graph']:.2f}",
+            row["goal"],
+        ]
+        for row in files["gated_memory"]["beside_flash_linear_attention"]
+    ]
+    convolutions = [
+        [row["what"], f"{row['both_us'] / 1e3:.2f}", f"{row['share_of_copy_bandwidth']:.0%}"]
+        for row in files["short_conv"]["times"]
+    ]
+    slstm = [[_shape(row["shape_BTHK"]), f"{row['both_us'] / 1e3:.2f}"] for row in files["slstm"]["times"]]
+    return "\n\n".join(
+        [
+            f"Fleets: {files['training']['how'][0]} ({links['training']}).",
+            _table(
+                ["runs at once", "runs per hour", "times one run at a time", "share of data generation"],
+                fleets,
+            ),
+            "The Triton kernels of `gated_memory` against its torch path, calls as a user makes them "
+            f"(kernels of an earlier form than below; {links['operators']}).",
+            _table(["gates", "shape", "dtype", "pass", "times faster"], times),
+            "GPU time of `gated_memory` over that of flash-linear-attention "
+            f"{files['gated_memory']['flash_linear_attention']}, in different runs: a ratio above its goal has missed "
+            f"it ({links['gated_memory']} says why, and what was checked).",
+            _table(["gates", "shape", "pass", "ratio", "goal"], beside),
+            f"{files['short_conv']['what']}: forward and backward (the goal of 80 % is missed; "
+            f"{links['short_conv']}).",
+            _table(["convolution", "ms", "of the copy bandwidth"], convolutions),
+            f"{files['slstm']['what']}: forward and backward ({links['slstm']}).",
+            _table(["shape", "ms"], slstm),
+        ]
+    )
+
+
+def _shape(sizes: list[int]) -> str:
+    """Sizes of B, T, H, K and, where it is given and differs, V."""
+    letters = "BTHKV"[: 4 if len(sizes) == 4 or sizes[3] == sizes[4] else 5]
+    return " ".join(f"{letter} {size}" for letter, size in zip(letters, sizes, strict=False))
+
+
+def _table(head: list[str], rows: list[list[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
 def main(arguments: list[str]) -> None:
     """Fill one section."""
     match arguments:
@@ -89,6 +165,8 @@ def main(arguments: list[str]) -> None:
             fill("demo", demo(Path(directory)))
         case ["bench"]:
             fill("bench", bench())
+        case ["gpu"]:
+            fill("gpu", gpu())
         case _:
             raise SystemExit(__doc__)
 

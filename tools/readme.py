@@ -132,8 +132,8 @@ def gpu() -> str:
             f"(kernels of an earlier form than below; {links['operators']}).",
             _table(["gates", "shape", "dtype", "pass", "times faster"], times),
             "GPU time of `gated_memory` over that of flash-linear-attention "
-            f"{files['gated_memory']['flash_linear_attention']}, in different runs: a ratio above its goal has missed "
-            f"it ({links['gated_memory']} says why, and what was checked).",
+            f"{files['gated_memory']['flash_linear_attention']}, in different runs: a ratio above its goal "
+            f"has missed it ({links['gated_memory']} says why, and what was checked).",
             _table(["gates", "shape", "pass", "ratio", "goal"], beside),
             f"{files['short_conv']['what']}: forward and backward (the goal of 80 % is missed; "
             f"{links['short_conv']}).",

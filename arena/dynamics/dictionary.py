@@ -358,6 +358,11 @@ COLUMNS: dict[str, tuple[pl.DataType | type[pl.DataType], str]] = {
     "symbol": (pl.String, "name of the token there; null where there are no tokens"),
     "source": (pl.Int32, "position that is read, of a contribution"),
     "index": (pl.Int32, "channel or eigenvalue, where there is one row for each"),
+    "micro": (
+        pl.Int32,
+        "micro-step of the token, from 0, where each has a row of its own; null for what belongs to the "
+        "token, and for blocks with one",
+    ),
     "quantity": (pl.String, "name in the data dictionary"),
     "statistic": (pl.String, "value; of a distribution mean, std, min, q05, q25, q50, q75, q95, max"),
     "value": (pl.Float64, "the number; null where the quantity is not defined for this block or place"),

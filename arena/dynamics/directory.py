@@ -161,11 +161,13 @@ def summarise(measurements: pl.DataFrame) -> pl.DataFrame:
     """Rows of single tokens, sequences and contributions taken together over a role.
 
     Returns:
-        For every run and length (where there are any), layer, block, head, role and quantity: mean, std, min,
-        q05, median, q95, max and n of ``value``. Quantities that a block does not have keep a row of nulls.
+        For every run and length (where there are any), layer, block, head, role, micro-step and quantity:
+        mean, std, min, q05, median, q95, max and n of ``value``. Quantities that a block does not have keep a
+        row of nulls.
     """
     labels = ["run_id", "arm", "arch", "task", "task_params", "seed", "length"]
-    keys = [*(c for c in labels if c in measurements.columns), "layer", "block", "head", "role", "quantity"]
+    keys = [*(c for c in labels if c in measurements.columns), "layer", "block", "head", "role"]
+    keys += ["micro", "quantity"]
     value = pl.col("value")
     return (
         measurements.filter(pl.col("statistic") == "value")

@@ -23,7 +23,8 @@ from arena.dynamics.classes import token_classes
 from arena.dynamics.hooks import gates_of, hooked
 from arena.dynamics.intervene import Edit, changed_share, check, edited, prepare
 from arena.dynamics.record import blocks_of, record
-from arena.dynamics.transition import eigenvalues, key_eigenvalue, transition_matrix
+from arena.dynamics.state import by_token, micro_steps
+from arena.dynamics.transition import eigenvalues, key_eigenvalue, token_matrix
 from arena.statistics import MIN_UNITS, clopper_pearson
 
 IGNORED = -100
@@ -56,7 +57,8 @@ EIGENVALUE_COLUMNS: dict[str, tuple[Any, str]] = {
     "tokens": (pl.String, "class of tokens"),
     "least_eigenvalue": (
         pl.Float64,
-        "least real part of an eigenvalue of (I - k e^T) D, mean over the tokens of the class",
+        "least real part of an eigenvalue of the token's (I - k e^T) D (the product over its micro-steps), "
+        "mean over the tokens of the class",
     ),
     "n_tokens": (pl.Int64, "how many tokens that is"),
 }
@@ -160,19 +162,20 @@ def least_eigenvalue(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
     """Least real part of the eigenvalues of (I - k e^T) D, e = erase * k, D = diag(decay).
 
     Args:
-        k: [...,K].
-        decay: [...,K] or [...,1], signed.
-        erase: [...,K] or [...,1].
+        k: [...,n,H,K], of the n micro-steps of a token, whose product counts.
+        decay: [...,n,H,K] or [...,n,H,1], signed.
+        erase: [...,n,H,K] or [...,n,H,1].
 
     Returns:
-        [...]. With a decay a that is one a head the eigenvalues are a (K - 1 times) and a (1 - e . k); others
-        are computed.
+        [...,H]. Of one step with a decay a that is one a head the eigenvalues are a (K - 1 times) and a (1 -
+        e . k); others are computed.
     """
-    if decay.shape[-1] == 1:
+    if k.shape[-3] == 1 and decay.shape[-1] == 1:
+        k, decay, erase = (x[..., 0, :, :] for x in (k, decay, erase))
         a = decay[..., 0].double()
         along = a * key_eigenvalue(k, erase)
         return torch.minimum(along, a) if k.shape[-1] > 1 else along
-    return eigenvalues(transition_matrix(k, decay, erase))[..., 0].real
+    return eigenvalues(token_matrix(k, decay, erase))[..., 0].real
 
 
 def head_eigenvalues(model: nn.Module, tokens: Tensor, classes: Mapping[str, Tensor]) -> pl.DataFrame:
@@ -191,7 +194,8 @@ def head_eigenvalues(model: nn.Module, tokens: Tensor, classes: Mapping[str, Ten
             places = mask.nonzero()
             places = places[:: -(-len(places) // MOST_TOKENS) or 1]
             if len(places):
-                at = [trace[field][places[:, 0], places[:, 1]] for field in ("k", "decay", "erase")]
+                fields = (by_token(trace[field], micro_steps(trace)) for field in ("k", "decay", "erase"))
+                at = [x[places[:, 0], places[:, 1]] for x in fields]
                 means = least_eigenvalue(*at).mean(0).tolist()
                 rows += [
                     {"layer": layer, "head": head, "tokens": name, "least_eigenvalue": mean}

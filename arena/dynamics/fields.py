@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from arena.dynamics.record import record
+from arena.dynamics.state import by_token, micro_steps, writing_step
 from synthetic_tasks.keyvalue import ASK, BLANK
 
 FIELD_COLUMNS: dict[str, tuple[Any, str]] = {
@@ -65,7 +66,8 @@ def measure_fields(
         seed: of the sequences.
 
     Returns:
-        Columns as in :data:`FIELD_COLUMNS`; blocks without keys are left out.
+        Columns as in :data:`FIELD_COLUMNS`; blocks without keys, and those that write under several keys a
+        token, are left out.
     """
     schema = {name: kind for name, (kind, _) in FIELD_COLUMNS.items()}
     if task.name != "partial_update":
@@ -83,9 +85,11 @@ def measure_fields(
     rows = []
     (chunk,) = record(model, tokens, chunk=length)
     for layer, trace in enumerate(chunk.traces):
-        if not {"k", "write"} <= trace.keys():
+        step = writing_step(trace) if {"k", "write"} <= trace.keys() else None
+        if step is None:
             continue
-        k = torch.nn.functional.normalize(trace["k"].double(), dim=-1)
+        k = by_token(trace["k"].double(), micro_steps(trace))[:, :, step]
+        k = torch.nn.functional.normalize(k, dim=-1)
         alike = torch.einsum("bshk,bthk->bsth", k, k).abs()
         for head in range(k.shape[2]):
             means = {name: float(alike[..., head][mask].mean()) for name, mask in pairs.items() if mask.any()}

@@ -14,6 +14,7 @@ from arena.report.palette import family_order
 
 Key = tuple[str, str]
 GATES = ("decay", "erase", "write", "output")
+_PLACE = ("arm", "run_id", "seed", "layer", "head", "micro")
 
 
 class Task(NamedTuple):
@@ -25,7 +26,8 @@ class Task(NamedTuple):
     trained: int
     runs: pl.DataFrame
     measured: pl.DataFrame
-    """By arm, run, layer, head and quantity: the mean over tokens and sequences, and what is one number."""
+    """By arm, run, layer, head, micro-step (-1: of the token) and quantity: the mean over tokens and
+    sequences, and what is one number."""
     eigenvalues: pl.DataFrame
     effects: pl.DataFrame
     decodability: pl.DataFrame
@@ -48,7 +50,8 @@ def by_task(tables: Tables, labels: dict[Key, str]) -> list[Task]:
                 pl.col("role").is_null() | ~_summary_of_role(),
             )
             .filter(pl.col("index").is_null(), pl.col("source").is_null())
-            .group_by("arm", "run_id", "seed", "layer", "head", "quantity", "statistic")
+            .with_columns(pl.col("micro").fill_null(-1))  # joins do not match nulls
+            .group_by(*_PLACE, "quantity", "statistic")
             .agg(value=pl.col("value").mean())
             .collect()
         )
@@ -155,7 +158,7 @@ def _gate(task: Task, gate: str, arm: str) -> list[float]:
     """Its median by run, over the heads where it varies: elsewhere the architecture does not have it."""
     mine = task.measured.filter(arm=arm, quantity=gate)
     varying = mine.filter(pl.col("value") > 0, statistic="std")
-    middle = mine.filter(statistic="q50").join(varying, on=["run_id", "layer", "head"], how="semi")
+    middle = mine.filter(statistic="q50").join(varying, on=list(_PLACE), how="semi")
     return middle.group_by("run_id", maintain_order=True).agg(pl.col("value").median())["value"].to_list()
 
 

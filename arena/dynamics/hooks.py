@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from arena.blocks.attention import Attention
 from arena.blocks.base import Block, State
-from arena.blocks.gates import GateValues
+from arena.blocks.gates import GateValues, at_micro_step
 from arena.blocks.matrix import Inputs, MemoryBlock
 from arena.blocks.recurrent import RecurrentBlock
 from arena.dynamics.record import blocks_of
@@ -30,7 +30,8 @@ Hook = Callable[[int, dict[str, Tensor], int | None], dict[str, Tensor]]
 The position counts on where a state continues a sequence; None: the state is not from within the context.
 
 Names and values are those of the trace vocabulary: ``decay`` (signed), ``erase``, ``write`` (in mLSTM, sLSTM
-and LSTM the value of the input gate), ``output``."""
+and LSTM the value of the input gate), ``output``. With n micro-steps a token, erase and write have those of
+all of them side by side, [B,T,H,n C], the first one's first; decay is that of the token."""
 
 _LOGIT = 80.0
 """Pre-activation that stands for a gate of exactly 0 or 1: exp(-80) is 2e-35."""
@@ -83,7 +84,7 @@ def hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
             for name in ("forward", "trace", "initial_state") if gates_of(block) else ():
                 wrap(block, name, _follow(name, place, positions))
             if isinstance(block, MemoryBlock):
-                wrap(block, "inputs", _hook_inputs(layer, hook, place))
+                wrap(block, "inputs", _hook_inputs(layer, hook, place, block.micro_steps))
                 wrap(block, "output_gate", _hook_output_gate(layer, hook, place))
             elif isinstance(block, RecurrentBlock):
                 wrap(block, "cell", _hook_cell(layer, block, hook, place))
@@ -124,11 +125,11 @@ def _follow(name: str, place: _Place, positions: WeakTensorKeyDictionary) -> Cal
     return make
 
 
-def _hook_inputs(layer: int, hook: Hook, place: _Place) -> Callable[[Any], Any]:
+def _hook_inputs(layer: int, hook: Hook, place: _Place, n: int) -> Callable[[Any], Any]:
     def make(inputs: Callable[[Tensor, State | None], Inputs]) -> Any:
         def changed(x: Tensor, state: State | None) -> Inputs:
             into = inputs(x, state)
-            return into._replace(gates=_changed_gates(into.gates, layer, hook, place.start))
+            return into._replace(gates=_changed_gates(into.gates, layer, hook, place.start, n))
 
         return changed
 
@@ -166,11 +167,32 @@ def _memory_gates(gates: GateValues) -> dict[str, Tensor]:
     return values
 
 
-def _changed_gates(gates: GateValues, layer: int, hook: Hook, start: int | None) -> GateValues:
+def _side_by_side(name: str, gate: Tensor, n: int) -> Tensor:
+    """A gate of n micro-steps a token, [B,T n,H,C], as a hook sees it: [B,T,H,n C], of decay [B,T,H,C]."""
+    by_token = gate.unflatten(1, (-1, n))
+    return by_token[:, :, 0] if name == "decay" else by_token.movedim(2, 3).flatten(3)
+
+
+def _one_by_one(name: str, gate: Tensor, n: int) -> Tensor:
+    """The inverse of :func:`_side_by_side`."""
+    if name == "decay":
+        return at_micro_step(gate, 0, n, elsewhere=1.0)
+    return gate.unflatten(3, (n, -1)).movedim(3, 2).flatten(1, 2)
+
+
+def _changed_gates(gates: GateValues, layer: int, hook: Hook, start: int | None, n: int) -> GateValues:
     before = {
         name: value[..., None] if value.dim() == 3 else value for name, value in _memory_gates(gates).items()
     }
-    after = hook(layer, dict(before), start)
+    if n == 1:
+        after = hook(layer, dict(before), start)
+    else:
+        seen = {name: _side_by_side(name, value, n) for name, value in before.items()}
+        found = hook(layer, dict(seen), start)
+        after = {
+            name: before[name] if value is seen[name] else _one_by_one(name, value, n)
+            for name, value in found.items()
+        }
     exponential = gates.input_gate is not None and gates.forget_gate is not None
     changes: dict[str, Tensor] = {}
     for name, value in after.items():

@@ -157,6 +157,9 @@ def check(model: nn.Module, edits: Sequence[Edit]) -> None:
                     have = f"its gates: {', '.join(known)}" if known else "it has no gates"
                     name = type(block).__name__
                     raise ValueError(f"{edit.what}: layer {layer} ({name}) has no {gate} gate; {have}")
+            if edit.other in get_args(Gate) and block.micro_steps > 1 and "decay" in (edit.gate, edit.other):
+                count = block.micro_steps
+                raise ValueError(f"{edit.what}: a token of layer {layer} has one decay, {count} of the other")
             n_heads = int(block.n_heads)  # type: ignore[arg-type]
             for head in edit.heads or ():
                 if not 0 <= head < n_heads:
@@ -200,6 +203,10 @@ def editor(edits: Sequence[Edit], classes: Mapping[str, Tensor], *, seed: int = 
             where = _places(edit, old, classes, start)
             if edit.other in values:
                 other = values[edit.other]
+                if old.shape[-1] != other.shape[-1] and 1 not in (old.shape[-1], other.shape[-1]):
+                    raise ValueError(
+                        f"{edit.what}: they have {old.shape[-1]} and {other.shape[-1]} values a head"
+                    )
                 values[edit.gate] = torch.where(where, other.to(old.dtype), old)
                 values[edit.other] = torch.where(where, old.to(other.dtype), other)
             else:

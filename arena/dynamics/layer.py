@@ -22,7 +22,16 @@ from arena.dynamics.retention import (
     memory_length,
     remembered,
 )
-from arena.dynamics.state import advance, effective_rank, growth_exponent, is_matrix_memory, write_gate
+from arena.dynamics.state import (
+    advance,
+    by_token,
+    effective_rank,
+    growth_exponent,
+    is_matrix_memory,
+    micro_steps,
+    write_gate,
+    writing_step,
+)
 from arena.dynamics.table import Rows
 from synthetic_tasks import ROLES
 
@@ -34,6 +43,10 @@ _OF_EIGENVALUES = {
 }
 _OF_WINDOWS = {"window_norm", "window_radius", "window_eigenvalue_min", "window_permutation_distance"}
 _PAIRS = {"corr_erase_write": ("erase", "write"), "corr_decay_write": ("decay", "write")}
+
+
+_Of = tuple[str, int, str, int | None]
+"""Quantity, head, role, micro-step."""
 
 
 class LayerMeasurement:
@@ -57,13 +70,14 @@ class LayerMeasurement:
         self.read_at, self.roles, self.pairs = read_at, roles, pairs or {}
         self.horizon, self.window, self.maps = horizon, window, maps
         self.families = {QUANTITIES[name].family for name in wanted}
-        self.distributions: dict[tuple[str, int, str], Distribution] = {}
-        self.correlations: dict[tuple[str, int, str], Correlation] = {}
+        self.distributions: dict[_Of, Distribution] = {}
+        self.correlations: dict[_Of, Correlation] = {}
         self.log_decay: Tensor | None = None
         self.decays = 0
         self.state: Tensor | None = None
         self.norms: list[tuple[int, Tensor]] = []
         self.edits = Edits(*writes) if writes is not None and "edit" in self.families else None
+        self.step = 0  # the micro-step that writes
         self.edited: dict[str, list[tuple[Event, Tensor, int]]] = {}
         self.tail: dict[str, Tensor] = {}
         self.gram: Tensor | float = 0.0
@@ -92,11 +106,11 @@ class LayerMeasurement:
 
     def finish(self, train_length: int | None, length: int) -> None:
         """Add what is known at the end only."""
-        for (name, head, role), distribution in self.distributions.items():
+        for place, distribution in self.distributions.items():
             for statistic, value in distribution.statistics().items():
-                self._summary(name, head, role, statistic, value, distribution.count)
-        for (name, head, role), correlation in self.correlations.items():
-            self._summary(name, head, role, "value", correlation.value(), correlation.count)
+                self._summary(place, statistic, value, distribution.count)
+        for place, pair in self.correlations.items():
+            self._summary(place, "value", pair.value(), pair.count)
         if self.log_decay is not None:
             mean = self.log_decay / self.decays
             self._add_all("half_life", half_life(mean.mean(-1)), self.decays * mean.shape[-1])
@@ -106,9 +120,9 @@ class LayerMeasurement:
             self._add_all("key_rank", effective_rank(tr.singular_values(self.gram)), self.keys)
         for name, edits in self.edited.items():
             if name in self.wanted:
-                place = torch.tensor([[event.sequence, event.position, n] for event, _, n in edits])
+                where = torch.tensor([[event.sequence, event.position, n] for event, _, n in edits])
                 values = torch.stack([value for _, value, _ in edits])
-                sequence, token, n = place.unbind(1)
+                sequence, token, n = where.unbind(1)
                 self.rows.add(self.index, name, values, sequence=sequence, token=token, n=n)
         if self.norms and train_length is not None and train_length < length:
             beyond = [(t + 1, norm) for t, norm in self.norms if t >= train_length - 1]
@@ -123,63 +137,70 @@ class LayerMeasurement:
                 if name in self.wanted:
                     self.rows.add(self.index, name, ratio, sequence=sequence, n=len(beyond))
 
-    def _add(self, name: str, value: Tensor, tokens: Tensor) -> None:
+    def _add(self, name: str, value: Tensor, tokens: Tensor, micro: int | None = None) -> None:
         """Rows of value [B,n,H] at tokens [n]."""
         if name in self.wanted:
             sequence = torch.arange(value.shape[0])[:, None]
-            self.rows.add(self.index, name, value, sequence=sequence, token=tokens[None])
+            self.rows.add(self.index, name, value, sequence=sequence, token=tokens[None], micro=micro)
 
     def _add_all(self, name: str, value: Tensor, n: int, index: Tensor | None = None) -> None:
         """Rows of value [...,H] that is taken over all sequences and tokens."""
         if name in self.wanted:
             self.rows.add(self.index, name, value, n=n, index=index, role="all")
 
-    def _summary(self, name: str, head: int, role: str, statistic: str, value: float, n: int) -> None:
+    def _summary(self, place: _Of, statistic: str, value: float, n: int) -> None:
         """One row of a summary over tokens of a role."""
-        self.rows.add_head(self.index, name, head, value, n=n, role=role, statistic=statistic)
+        name, head, role, micro = place
+        self.rows.add_head(self.index, name, head, value, n=n, role=role, statistic=statistic, micro=micro)
 
     def _gates(self, trace: Mapping[str, Tensor], start: int, stop: int, here: Tensor) -> None:
-        gates = {name: trace[name].double() for name in GATES if name in trace}
-        if "write" in gates and is_matrix_memory(trace):
-            gates["write"] = write_gate(trace)
+        gates = _gate_parts(trace)
         masks: dict[str, Any] = {"all": slice(None)}
         if self.roles is not None:
             piece = self.roles[:, start:stop]
             masks |= {role: piece == code for code, role in enumerate(ROLES) if (piece == code).any()}
-        means = {name: gate.mean(-1) for name, gate in gates.items()}
-        for name in sorted(gates.keys() & self.wanted):
+        means = {name: {j: x.mean(-1) for j, x in parts.items()} for name, parts in gates.items()}
+        for name, micro in sorted((g, j) for g in gates.keys() & self.wanted for j in gates[g]):
+            gate = gates[name][micro]
             if len(here):
-                self._add(name, means[name][:, here - start], here)
+                self._add(name, means[name][micro][:, here - start], here, micro)
             for role, mask in masks.items():
-                for head, values in enumerate(
-                    gates[name][mask].reshape(-1, *gates[name].shape[2:]).unbind(1)
-                ):
-                    key = name, head, role
+                for head, values in enumerate(gate[mask].reshape(-1, *gate.shape[2:]).unbind(1)):
+                    key = name, head, role, micro
                     self.distributions.setdefault(key, Distribution()).add(values.numpy())
         for name, (x, y) in _PAIRS.items():
-            if name in self.wanted and x in gates and y in gates:
+            if name not in self.wanted or x not in gates or y not in gates:
+                continue
+            for micro, second in means[y].items():
+                first = means[x].get(micro, means[x].get(None))  # a decay is one a token
+                assert first is not None
                 for role, mask in masks.items():
-                    pair = (means[g][mask].reshape(-1, means[g].shape[2]) for g in (x, y))
+                    pair = (mean[mask].reshape(-1, mean.shape[2]) for mean in (first, second))
                     for head, (a, b) in enumerate(zip(*(p.unbind(1) for p in pair), strict=True)):
-                        key = name, head, role
+                        key = name, head, role, micro
                         self.correlations.setdefault(key, Correlation()).add(a.numpy(), b.numpy())
 
     def _states(self, trace: Mapping[str, Tensor], start: int, stop: int) -> None:
         B, _, H, K = trace["k"].shape
-        V = trace["v"].shape[-1]
+        V, n = trace["v"].shape[-1], micro_steps(trace)
+        updates = {name: by_token(trace[name], n) for name in ("k", "v", "decay", "erase")}
         if self.state is None:
+            step = writing_step(trace)
+            if step is None:
+                self.edits = None  # a token writes under several keys: none is the key of a binding
+            self.step = step or 0
             extra = 0 if self.edits is None else self.edits.width
             self.state = torch.zeros(B, H, K, V + extra, dtype=torch.float64)
             if self.edits is not None:
                 self.edits.begin(self.state)
         look = {t for t in self.grid.tolist() if start <= t < stop} if "state" in self.families else set()
         edit = set(self.edits.stops(start, stop)) if self.edits is not None else set()
-        write, times, singular, quotients = write_gate(trace), [], [], []
+        write, times, singular, quotients = by_token(write_gate(trace), n), [], [], []
         before = {t - 1 for t in look if t > start}
 
         def quotient(t: int, state: Tensor) -> None:
             """Of token t of the trace, from the memory before it."""
-            gates = (trace[name][:, t] for name in ("k", "decay", "erase"))
+            gates = (updates[name][:, t] for name in ("k", "decay", "erase"))
             quotients.append(tr.rayleigh_quotient(state[..., :V], *gates))
 
         if start in look:
@@ -191,7 +212,8 @@ class LayerMeasurement:
                 times.append(start + t)
                 singular.append(tr.singular_values(state[..., :V]))
             if self.edits is not None and start + t in edit:
-                k, z = trace["k"][:, t].double(), write[:, t] * trace["v"][:, t].double()
+                k, v = (updates[name][:, t, self.step].double() for name in ("k", "v"))
+                z = write[:, t, self.step] * v
                 self.edits.at(start + t, state, k, z, self._edit)
         if times:
             values, tokens = torch.stack(singular, 1), torch.tensor(times)  # [B,n,H,R]
@@ -206,17 +228,20 @@ class LayerMeasurement:
         self.edited.setdefault(name, []).append((event, value, n))
 
     def _transitions(self, trace: Mapping[str, Tensor], start: int, here: Tensor) -> None:
-        fields = {name: trace[name].double() for name in ("k", "decay", "erase")}
-        self.gram = self.gram + torch.einsum("bthk,bthl->hkl", fields["k"], fields["k"])
-        self.keys += fields["k"].shape[0] * fields["k"].shape[1]
+        n = micro_steps(trace)
+        fields = {name: by_token(trace[name].double(), n) for name in ("k", "decay", "erase")}
+        self.gram = self.gram + torch.einsum("btnhk,btnhl->hkl", fields["k"], fields["k"])
+        self.keys += fields["k"].shape[:3].numel()
         joined = {name: torch.cat([self.tail[name], x], 1) if self.tail else x for name, x in fields.items()}
         before = joined["k"].shape[1] - fields["k"].shape[1]
         self.tail = {name: x[:, max(x.shape[1] - self.window + 1, 0) :] for name, x in joined.items()}
         if not len(here):
             return
         k, decay, erase = (fields[name][:, here - start] for name in ("k", "decay", "erase"))
-        self._add("key_eigenvalue", tr.key_eigenvalue(k, erase), here)
-        matrix = tr.transition_matrix(k, decay, erase)
+        along = tr.key_eigenvalue(k, erase)
+        for j in range(n):
+            self._add("key_eigenvalue", along[:, :, j], here, j if n > 1 else None)
+        matrix = tr.token_matrix(k, decay, erase)
         self._add("identity_distance", tr.identity_distance(matrix), here)
         if "reflection_distance" in self.wanted:
             self._add("reflection_distance", tr.reflection_distance(matrix), here)
@@ -239,7 +264,9 @@ class LayerMeasurement:
         whole = here[here - start + before >= self.window - 1]
         if len(whole) and self.wanted & _OF_WINDOWS:
             at = (whole - start + before)[None] - torch.arange(self.window - 1, -1, -1)[:, None]
-            product = tr.window_product(*(joined[g][:, at].movedim(1, 0) for g in ("k", "decay", "erase")))
+            product = tr.window_product(  # [B,w,points,n,H,*] to [w n,B,points,H,*]
+                *(joined[g][:, at].movedim((1, 3), (0, 1)).flatten(0, 1) for g in ("k", "decay", "erase"))
+            )
             self._add("window_norm", tr.singular_values(product)[..., 0], whole)
             found = tr.eigenvalues(product)
             self._add("window_radius", found.abs().amax(-1), whole)
@@ -274,14 +301,15 @@ class LayerMeasurement:
 
     def _contributions(self, sequence: Tensor, token: Tensor, weights: Tensor, gain: Tensor) -> None:
         reads = list(zip(sequence.tolist(), token.tolist(), strict=True))
-        found = {"memory_length": memory_length(weights), "contribution_age": contribution_age(weights)}
+        sizes = weights.abs().sum(-1)  # of a token: of all its micro-steps
+        found = {"memory_length": memory_length(sizes), "contribution_age": contribution_age(sizes)}
         for name, value in (found | {"gain_beyond": gain}).items():
             if name in self.wanted:
                 self.rows.add(self.index, name, value, sequence=sequence, token=token)
         asked = [row for row, place in enumerate(reads) if place in self.pairs]
         if asked and "previous_write_share" in self.wanted:
             shares = [
-                previous_write_share(weights[row], reads[row][1], self.pairs[reads[row]]) for row in asked
+                previous_write_share(sizes[row], reads[row][1], self.pairs[reads[row]]) for row in asked
             ]
             self.rows.add(
                 self.index,
@@ -294,22 +322,41 @@ class LayerMeasurement:
             return
         for row in (sequence < self.maps).nonzero()[:, 0].tolist():
             t = int(token[row])
-            lags = min(t + 1, weights.shape[-1], self.horizon)
+            lags, J = min(t + 1, weights.shape[2], self.horizon), weights.shape[3]
             self.rows.add(
                 self.index,
                 "contribution",
-                weights[row, :, :lags].T,
+                weights[row, :, :lags].movedim(0, -1),
                 sequence=int(sequence[row]),
                 token=t,
-                source=t - torch.arange(lags),
+                source=(t - torch.arange(lags))[:, None],
+                micro=torch.arange(J) if J > 1 else None,
             )
 
 
+def _gate_parts(trace: Mapping[str, Tensor]) -> dict[str, dict[int | None, Tensor]]:
+    """Gate -> micro-step -> values [B,T,H,C]; of the token (None) where it has one micro-step.
+
+    Decay is of the token, the product over its micro-steps.
+    """
+    gates = {name: trace[name].double() for name in GATES if name in trace}
+    if "write" in gates and is_matrix_memory(trace):
+        gates["write"] = write_gate(trace)
+    n = micro_steps(trace)
+    if n == 1:
+        return {name: {None: gate} for name, gate in gates.items()}
+    parts = {name: by_token(gate, n) for name, gate in gates.items()}
+    return {
+        name: {None: part.prod(2)} if name == "decay" else dict(enumerate(part.unbind(2)))
+        for name, part in parts.items()
+    }
+
+
 def _attended(weights: Tensor, sequence: Tensor, token: Tensor, stop: int) -> tuple[Tensor, Tensor]:
-    """Attention weights [B,H,T,S] of reads as [n,H,lag], and a gain of 0: the whole past is there."""
+    """Attention weights [B,H,T,S] of reads as [n,H,lag,1], and a gain of 0: the whole past is there."""
     T, S = weights.shape[2:]
     found = torch.zeros(len(token), weights.shape[1], int(token.max()) + 1, dtype=torch.float64)
     for row, (b, t) in enumerate(zip(sequence.tolist(), token.tolist(), strict=True)):
         seen = S - (stop - t) + 1
         found[row, :, :seen] = weights[b, :, T - (stop - t), :seen].flip(-1)
-    return found, torch.zeros(found.shape[:2], dtype=torch.float64)
+    return found[..., None], torch.zeros(found.shape[:2], dtype=torch.float64)

@@ -72,7 +72,7 @@ def _of(tables: Tables, quantity: str, key: tuple[str, str]) -> pl.LazyFrame:
 
 
 def gate_panel(tables: Tables, gate: str) -> Panel:
-    """A gate over tokens: median and middle half, for each head of each run that varies."""
+    """A gate over tokens: median and middle half, for each head (and micro-step) of each run that varies."""
     pens = looks(tables.runs["arm"])
 
     def panel(axis: Axes, key: tuple[str, str], arms: list[str]) -> bool:
@@ -82,12 +82,14 @@ def gate_panel(tables: Tables, gate: str) -> Panel:
             .collect()
         )
         # a gate that an architecture does not have is traced as its neutral constant
-        wide = frame.pivot(on="statistic", index=["arm", "run_id", "layer", "head"], values="value")
+        place = ["arm", "run_id", "layer", "head", "micro"]
+        wide = frame.pivot(on="statistic", index=place, values="value")
         if wide.is_empty() or (wide["min"] == wide["max"]).all():
             return False
         high = 1.05
         for row, arm in enumerate(arms):
-            heads = wide.filter(pl.col("arm") == arm, pl.col("min") < pl.col("max")).sort("layer", "head")
+            heads = wide.filter(pl.col("arm") == arm, pl.col("min") < pl.col("max"))
+            heads = heads.sort("layer", "head", "micro")
             for offset, (low, middle, top) in zip(
                 _spread(len(heads)), heads.select("q25", "q50", "q75").iter_rows(), strict=True
             ):

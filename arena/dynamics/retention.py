@@ -7,7 +7,8 @@ matrix memory,
 
 so that the weight of every earlier token follows from one vector carried backwards, a_t = q_t, a_{s-1} =
 M_s^T a_s, without any stored memory. Where gates are per value channel, w is the mean over the channels of
-d read_t / d v_s, gates given.
+d read_t / d v_s, gates given. A token of n micro-steps has n values and a weight for each: w(t,s,j). Its
+weight among tokens is sum_j |w(t,s,j)|.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arena.dynamics.state import is_matrix_memory, write_gate
+from arena.dynamics.state import by_token, is_matrix_memory, micro_steps, write_gate
 
 LN_2 = math.log(2)
 
@@ -30,9 +31,9 @@ def half_life(mean_log_decay: Tensor) -> Tensor:
 
 
 def log_decay(trace: Mapping[str, Tensor]) -> Tensor | None:
-    """Ln |decay| [B,T,H,K|1] of a trace, or None where it has no decay."""
+    """Ln |decay| [B,T,H,K|1] of the tokens of a trace, or None where it has no decay."""
     if "log_decay" in trace:
-        return trace["log_decay"].double()
+        return by_token(trace["log_decay"].double(), micro_steps(trace)).sum(2)
     return trace["decay"].double().abs().log() if "decay" in trace else None
 
 
@@ -49,23 +50,23 @@ def remembered(
     """The vectors that :func:`contributions` needs of a chunk, float64, or {} where w is not defined.
 
     Args:
-        trace: Fields [B,T,H,*].
+        trace: Fields [B,T,H,*], those of n micro-steps a token [B,T n,H,*].
         log_norm: For sLSTM, ln of the normaliser after the last chunk [B,H,V] (None: before the first token).
 
     Returns:
-        The vectors, and ``log_norm`` after this chunk.
+        The vectors (of a matrix memory [B,T,n,H,*], but for the query), and ``log_norm`` after this chunk.
     """
     if is_matrix_memory(trace):
-        k = trace["k"].double()
-        decay = trace["decay"].double().expand_as(k)
+        k, n = trace["k"].double(), micro_steps(trace)
         scale = trace["normaliser"].double() if "normaliser" in trace else 1.0
-        return {
-            "start": trace["q"].double() / scale,
+        updates = {
             "k": k,
             "e": trace["erase"].double() * k,
-            "decay": decay,
+            "decay": trace["decay"].double().expand_as(k),
             "write": write_gate(trace).mean(-1),
-        }, None
+        }
+        vectors = {name: by_token(x, n) for name, x in updates.items()}
+        return {"start": trace["q"].double() / scale, **vectors}, None
     if "cell" not in trace or "decay" not in trace:
         return {}, log_norm
     log_f = log_decay(trace)
@@ -98,15 +99,16 @@ def contributions(
         horizon: Tokens to look back, t included.
 
     Returns:
-        Weights [n,H,L], lag 0 first, where L = min(horizon, longest past); lags before the first token are
-        0. And the gain [n,H] with which what was in memory before the horizon still reaches the read: the
-        norm of the vector carried back, over its norm at the read.
+        Weights [n,H,L,J], lag 0 first, where L = min(horizon, longest past) and J the micro-steps of a token;
+        lags before the first token are 0. And the gain [n,H] with which what was in memory before the horizon
+        still reaches the read: the norm of the vector carried back, over its norm at the read.
     """
     first, last = past[0].start, int(token.max())
     low = max(first, int(token.min()) - horizon + 1)
     n, _, H, width = len(token), *past[-1].trace["start"].shape[1:]
-    weights = torch.zeros(n, H, min(horizon, last - first + 1), dtype=torch.float64)
     matrix = "k" in past[-1].trace
+    J = past[-1].trace["k"].shape[2] if matrix else 1
+    weights = torch.zeros(n, H, min(horizon, last - first + 1), J, dtype=torch.float64)
     # A matrix memory carries a_s; a cell carries ln of the weight of its channels, which may be large.
     carried = torch.full((n, H, width), 0.0 if matrix else -torch.inf, dtype=torch.float64)
     begun = carried
@@ -118,14 +120,17 @@ def contributions(
             carried = torch.where(here, now["start"], carried)
             begun = torch.where(here, carried, begun)
             if matrix:
-                along = (carried * now["k"]).sum(-1)
-                value = along * now["write"]
-                ahead = now["decay"] * (carried - now["e"] * along[..., None])
+                ahead, values = carried, list[Tensor]()
+                for j in range(J - 1, -1, -1):  # the last micro-step is the nearest to the read
+                    along = (ahead * now["k"][:, j]).sum(-1)
+                    values.insert(0, along * now["write"][:, j])
+                    ahead = now["decay"][:, j] * (ahead - now["e"][:, j] * along[..., None])
+                value = torch.stack(values, -1)
             else:
-                value = (carried + now["log_write"]).exp().mean(-1)
+                value = (carried + now["log_write"]).exp().mean(-1, keepdim=True)
                 ahead = carried + now["log_decay"]
             lag = token - s
-            inside = (lag >= 0) & (lag < weights.shape[-1])
+            inside = (lag >= 0) & (lag < weights.shape[2])
             carried = torch.where(inside[:, None, None], ahead, carried)
             rows = inside.nonzero()[:, 0]
             weights[rows, :, lag[rows]] = value[rows]

@@ -1,7 +1,8 @@
 """The matrix memory itself, from the trace: S_t = (I - k_t e_t^T) D_t S_{t-1} + k_t z_t^T, in float64.
 
 A trace with ``k``, ``v``, ``decay``, ``erase`` and ``write`` determines the memory, so that one matrix a head
-is carried through the sequence and no block has to keep all of them.
+is carried through the sequence and no block has to keep all of them. With n micro-steps a token these fields
+have n entries a token, and the memory after a token is that after the last of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,25 @@ def is_matrix_memory(trace: Mapping[str, Tensor]) -> bool:
     return all(name in trace for name in MATRIX_FIELDS)
 
 
+def micro_steps(trace: Mapping[str, Tensor]) -> int:
+    """How often a token updates the memory: n of DeltaProduct; 1 for everything without keys."""
+    return trace["k"].shape[1] // trace["q"].shape[1] if {"q", "k"} <= trace.keys() else 1
+
+
+def by_token(x: Tensor, n: int) -> Tensor:
+    """A field of n micro-steps a token, [B,T n,...] to [B,T,n,...]."""
+    return x.unflatten(1, (-1, n))
+
+
+def writing_step(trace: Mapping[str, Tensor]) -> int | None:
+    """The one micro-step at which tokens write (RWKV-7's second); None where several do or none does."""
+    n = micro_steps(trace)
+    if n == 1:
+        return 0
+    writes = by_token(trace["write"], n).ne(0).movedim(2, 0).flatten(1).any(1).nonzero()[:, 0]
+    return int(writes[0]) if len(writes) == 1 else None
+
+
 def write_gate(trace: Mapping[str, Tensor]) -> Tensor:
     """The write gate in float64; an exponential one from its pre-activation, as float32 ends at e^88."""
     write = trace["write"].double()
@@ -34,7 +54,7 @@ def advance(
     """Carry the memory through the tokens of a trace.
 
     Args:
-        trace: Fields [B,T,H,*].
+        trace: Fields [B,T,H,*], ``q`` among them.
         state: [B,H,K,C] float64, the memory before the first token; it is overwritten. Columns beyond the V
             of the values follow the same recurrence with nothing written to them.
         wanted: Tokens of the trace, rising, to stop after.
@@ -50,12 +70,13 @@ def advance(
     erases = bool((erase != 0).any())
     e_t, k_t = (erase * k)[..., None, :].unbind(1), k[..., None].unbind(1)
     decay_t, z_t = decay[..., None].unbind(1), z[..., None, :].unbind(1)
-    stops = set(wanted)
-    for t in range(k.shape[1]):
-        state.mul_(decay_t[t])
-        new = z_t[t] - e_t[t] @ state if erases else z_t[t]
-        state.addcmul_(k_t[t], new)
-        if t in stops:
+    stops, n = set(wanted), micro_steps(trace)
+    for m in range(k.shape[1]):
+        state.mul_(decay_t[m])
+        new = z_t[m] - e_t[m] @ state if erases else z_t[m]
+        state.addcmul_(k_t[m], new)
+        t, j = divmod(m, n)
+        if j == n - 1 and t in stops:
             yield t, state
 
 

@@ -40,6 +40,7 @@ class Rows:
         token: Place = None,
         source: Place = None,
         index: Place = None,
+        micro: Place = None,
         n: Tensor | int = 1,
         role: str | None = None,
         statistic: str = "value",
@@ -58,6 +59,7 @@ class Rows:
             return full.reshape(-1).numpy()
 
         places = {"sequence": sequence, "token": token, "source": source, "index": index, "n": n}
+        places["micro"] = micro
         columns: dict[str, Any] = {name: column(place) for name, place in places.items()}
         columns["head"] = torch.arange(H).expand(*lead, H).reshape(-1).numpy()
         columns["value"] = value.detach().double().reshape(-1).cpu().numpy()
@@ -74,11 +76,27 @@ class Rows:
         self._parts.append((value.numel(), columns))
 
     def add_head(
-        self, layer: int, quantity: str, head: int, value: float, *, n: int, role: str, statistic: str
+        self,
+        layer: int,
+        quantity: str,
+        head: int,
+        value: float,
+        *,
+        n: int,
+        role: str,
+        statistic: str,
+        micro: int | None = None,
     ) -> None:
         """Add one row of one head, taken over all positions of a role."""
         row = dict.fromkeys(COLUMNS) | {"layer": layer, "block": self._blocks[layer], "head": head}
-        row |= {"quantity": quantity, "value": value, "n": n, "role": role, "statistic": statistic}
+        row |= {
+            "micro": micro,
+            "quantity": quantity,
+            "value": value,
+            "n": n,
+            "role": role,
+            "statistic": statistic,
+        }
         self._parts.append((1, row))
 
     def missing(self, quantities: set[str]) -> None:

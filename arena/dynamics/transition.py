@@ -1,6 +1,7 @@
 """What one token, or a window of tokens, does to the memory: the matrix M_t = (I - k_t e_t^T) D_t.
 
-All functions take tensors of the trace vocabulary with any leading axes and compute in float64.
+A token of n micro-steps does what their product does, M_t = M_{t,n} ... M_{t,1}. All functions take tensors
+of the trace vocabulary with any leading axes and compute in float64.
 """
 
 from __future__ import annotations
@@ -27,8 +28,22 @@ def transition_matrix(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
     return torch.diag_embed(decay) - k[..., :, None] * (erase.double() * k * decay)[..., None, :]
 
 
+def token_matrix(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
+    """What a token of n micro-steps does, their product, the first one on the right.
+
+    Args:
+        k: [...,n,H,K]; decay and erase: [...,n,H,K] or [...,n,H,1].
+
+    Returns:
+        [...,H,K,K], float64.
+    """
+    if k.shape[-3] == 1:
+        return transition_matrix(k[..., 0, :, :], decay[..., 0, :, :], erase[..., 0, :, :])
+    return window_product(*(x.movedim(-3, 0) for x in (k, decay, erase)))
+
+
 def window_product(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
-    """M_w ... M_2 M_1: what a window of w tokens does, its first token first.
+    """M_w ... M_2 M_1: what a window of w tokens (or micro-steps) does, its first one first.
 
     Args:
         k: [w,...,K]; decay and erase: [w,...,K] or [w,...,1].
@@ -49,14 +64,16 @@ def rayleigh_quotient(state: Tensor, k: Tensor, decay: Tensor, erase: Tensor) ->
     """<S, M S> / ||S||^2: the factor on what a memory holds, 1 kept, 0 taken out, -1 all of it flipped.
 
     Args:
-        state: [...,K,V], the memory before the token.
-        k: [...,K]; decay and erase: [...,K] or [...,1], of the token.
+        state: [B,H,K,V], the memory before the token.
+        k: [B,n,H,K]; decay and erase: [B,n,H,K] or [B,n,H,1], of the n micro-steps of the token.
 
     Returns:
-        [...]; NaN for a memory that is zero.
+        [B,H]; NaN for a memory that is zero.
     """
-    kept = decay.double()[..., None] * state
-    kept = kept - k.double()[..., None] * ((erase.double() * k.double())[..., None, :] @ kept)
+    kept = state
+    for k_j, decay_j, erase_j in zip(*(x.double().unbind(1) for x in (k, decay, erase)), strict=True):
+        kept = decay_j[..., None] * kept
+        kept = kept - k_j[..., None] * ((erase_j * k_j)[..., None, :] @ kept)
     return (state * kept).sum((-2, -1)) / state.square().sum((-2, -1))
 
 

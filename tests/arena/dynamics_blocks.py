@@ -8,12 +8,14 @@ from arena.blocks.base import Block
 class Frozen(Block):
     """A matrix memory whose q, k, v and gates are tensors [T,H,*], the same for every x; y is 0.
 
-    Written from the block interface alone, without ``arena.blocks.matrix``.
+    Written from the block interface alone, without ``arena.blocks.matrix``. With n micro-steps a token, k, v
+    and the gates are [T n,H,*].
     """
 
     def __init__(self, q, k, v, *, decay=1.0, erase=0.0, write=1.0, normaliser=None):
         super().__init__(1)
         self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.micro_steps = len(k) // len(q)
         fields = {"q": q, "k": k, "v": v}
         for name, gate in (("decay", decay), ("erase", erase), ("write", write)):
             gate = torch.as_tensor(gate, dtype=torch.float64)
@@ -33,8 +35,11 @@ class Frozen(Block):
     def trace(self, x, state=None, *, states=False):
         start = 0 if state is None else int(state["read_so_far"][0, 0])
         T = x.shape[1]
-        found = {name: f[start : start + T].expand(len(x), -1, -1, -1) for name, f in self.fields.items()}
-        return found | {"read": torch.zeros_like(found["v"])}
+        found = {}
+        for name, f in self.fields.items():
+            n = self.micro_steps if len(f) == len(self.fields["k"]) else 1
+            found[name] = f[n * start : n * (start + T)].expand(len(x), -1, -1, -1)
+        return found | {"read": found["v"].new_zeros(*found["q"].shape[:3], found["v"].shape[-1])}
 
 
 def steps(T):

@@ -253,11 +253,16 @@ def test_where_nothing_is_left_to_compare_with_the_page_says_why():
 
 
 def test_the_median_of_a_gate_is_over_the_heads_that_have_it():
-    """A layer without erase is traced with erase 0, which is no measurement of the other layer's gate."""
+    """A layer (or micro-step) without erase is traced with erase 0, which is no measurement of the gate."""
     rows = [
-        {"arm": "a", "run_id": "r", "seed": 0, "layer": layer, "head": 0, "quantity": "erase"}
-        | {"statistic": statistic, "value": value}
-        for layer, middle, spread in ((0, 0.0, 0.0), (1, 0.0, 0.0), (2, 0.8, 0.1))
+        {"arm": "a", "run_id": "r", "seed": 0, "layer": layer, "head": 0, "micro": micro}
+        | {"quantity": "erase", "statistic": statistic, "value": value}
+        for layer, micro, middle, spread in (
+            (0, -1, 0.0, 0.0),
+            (1, -1, 0.0, 0.0),
+            (2, 0, 0.8, 0.1),
+            (2, 1, 0, 0),
+        )
         for statistic, value in (("q50", middle), ("std", spread))
     ]
     empty = pl.DataFrame(schema={"arm": pl.String})

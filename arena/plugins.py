@@ -38,7 +38,8 @@ from types import ModuleType
 from typing import Any
 
 GROUPS = ("arena.blocks", "arena.tasks", "arena.measurements")
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,59}")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,59}(\[n\](-[a-z]+)?)?")
+_NUMBER = re.compile(r"\[\d+\]")  # a family of blocks is registered once
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _SOURCE = (".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h")
 
@@ -131,12 +132,12 @@ def loaded() -> dict[str, str]:
 
 def owner(group: str, name: str) -> Plugin | None:
     """Who added a name; None for what comes with the toolkit."""
-    return _owners.get((group, name))
+    return _owners.get((group, _NUMBER.sub("[n]", name)))
 
 
 def used(blocks: Iterable[str], task: str) -> dict[str, str]:
     """Name and version of the plug-ins behind blocks and a task: what belongs into a run's id."""
-    found = {_owners.get(("arena.blocks", name)) for name in blocks} | {_owners.get(("arena.tasks", task))}
+    found = {owner("arena.blocks", name) for name in blocks} | {owner("arena.tasks", task)}
     return {plugin.name: plugin.version for plugin in found if plugin is not None}
 
 
@@ -247,6 +248,7 @@ def _own(before: Mapping[str, set[str]], plugin: Plugin, who: str) -> None:
     """Note what importing a plug-in has added."""
     for group, names in _registered().items():
         for name in sorted(names - before[group]):
+            name = _NUMBER.sub("[n]", name)
             if not _NAME.fullmatch(name):
                 raise PluginError(f"{who}: {name!r} is no name: letters, digits, _ . - from a letter on")
             _owners[group, name] = plugin

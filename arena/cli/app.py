@@ -7,11 +7,13 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from arena.cli import common
 from arena.cli.ablate import ablate
+from arena.cli.check import check_block
 from arena.cli.common import (
     FAILED,
     INTERRUPTED,
@@ -20,6 +22,7 @@ from arena.cli.common import (
     again,
     complain,
     console,
+    parameter,
     plugins_first,
     wrong,
 )
@@ -43,7 +46,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     what; 130 ended by Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    debug = common.debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
         status = typer.main.get_command(app).main(
@@ -128,13 +131,15 @@ def list_names(
         from arena.model import arch_names
 
         print("architectures (also a+b, which alternates two of them, and xlstm[a:b]):")
-        print("  " + "\n  ".join(arch_names()))
+        for name in arch_names():
+            print(f"  {name:24} {_origin('arena.blocks', name)}".rstrip())
     if what in ("all", "tasks"):
         import synthetic_tasks
 
         print("tasks (arena show NAME says more):")
         for name in synthetic_tasks.names():
-            print(f"  {name:24} {synthetic_tasks.describe(name).splitlines()[1]}")
+            told = synthetic_tasks.describe(name).splitlines()[1]
+            print(f"  {name:24} {told} {_origin('arena.tasks', name)}".rstrip())
     if what in ("all", "experiments"):
         from arena.grid.experiment import load_experiment, shipped
 
@@ -144,11 +149,20 @@ def list_names(
     return OK
 
 
+def _origin(group: str, name: str) -> str:
+    """Which plug-in a name is from; empty for our own."""
+    from arena.plugins import owner
+
+    found = owner(group, name)
+    return f"(plug-in {found.name} {found.version})" if found is not None else ""
+
+
 app.command()(grid)
 app.command()(tune)
 app.command()(ablate)
 app.command()(dynamics)
 app.command()(doctor)
+app.command("check-block")(check_block)
 app.add_typer(bench, name="bench")
 
 
@@ -183,7 +197,7 @@ def show(
     import synthetic_tasks
 
     try:
-        found = synthetic_tasks.get(task, **dict(_parameter(text) for text in param or []))
+        found = synthetic_tasks.get(task, **dict(parameter(text) for text in param or []))
         if length is not None:
             found.check_length(length)
     except (ValueError, TypeError) as error:
@@ -196,13 +210,3 @@ def show(
     print()
     print(synthetic_tasks.show(found, samples=examples, length=length, color=sys.stdout.isatty()))
     return OK
-
-
-def _parameter(text: str) -> tuple[str, Any]:
-    import tomllib
-
-    name, _, value = text.partition("=")
-    try:
-        return name.strip(), tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
-        return name.strip(), value.strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 console = Console(highlight=False)
+debug = False
+"""Whether ``--debug`` was given."""
 
 
 def complain(line: str) -> None:
@@ -91,3 +93,14 @@ def told(report: GridReport, directory: Path) -> int:
 def again() -> str:
     """The command line that was typed, to be typed again."""
     return shlex.join(["arena", *sys.argv[1:]])
+
+
+def parameter(text: str) -> tuple[str, Any]:
+    """The name and the value of NAME=VALUE, read as TOML; what is none is text."""
+    import tomllib
+
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()

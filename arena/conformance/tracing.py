@@ -12,7 +12,8 @@ from arena.memory import TRACE_FIELDS
 def trace_speaks_the_vocabulary(subject: Subject) -> str:
     """``trace`` uses the names, axes and units of ``arena.memory.TRACE_FIELDS``."""
     block = subject.make()
-    x, fields = tokens(block), set()
+    x = tokens(block)
+    fields: set[str] = set()
     before = block(tokens(block, seed=3))[1]
     for trace in (block.trace(x), block.trace(x, before, states=True)):
         sizes = {"B": BATCH, "T": SHORT, "M": SHORT * block.micro_steps}

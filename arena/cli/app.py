@@ -28,6 +28,7 @@ from arena.cli.common import (
 )
 from arena.cli.dynamics import dynamics
 from arena.cli.machine import bench, doctor
+from arena.cli.reproduce import reproduce
 from arena.cli.train import grid, tune
 
 app = typer.Typer(
@@ -161,6 +162,7 @@ app.command()(grid)
 app.command()(tune)
 app.command()(ablate)
 app.command()(dynamics)
+app.command()(reproduce)
 app.command()(doctor)
 app.command("check-block")(check_block)
 app.add_typer(bench, name="bench")

@@ -181,6 +181,11 @@ class AblationSection(Strict):
         return {name: levels for name, levels in self if name != "preset" and levels}
 
 
+def _sentence(value: Any) -> Any:
+    """Let ``arena tune`` run a claim file, whose ``claim`` is a table."""
+    return value.get("sentence", "") if isinstance(value, Mapping) else value
+
+
 class Experiment(Strict):
     """A whole experiment file.
 
@@ -191,8 +196,9 @@ class Experiment(Strict):
     """Names the default result folder."""
     title: str = ""
     """A heading for the report."""
-    claim: str = ""
-    """What the experiment is meant to show or test, in a sentence or two."""
+    claim: Annotated[str, BeforeValidator(_sentence)] = ""
+    """What the experiment is meant to show or test, in a sentence or two; in a claim file, a table with that
+    sentence (:mod:`arena.claims.file`)."""
     archs: Annotated[list[str], Field(min_length=1)]
     """Names of ``arena list archs``, stacks included (``gdn2+swa``, ``xlstm[1:1]``), and of ``[arms]``."""
     tasks: Annotated[list[TaskSection], Field(min_length=1)]

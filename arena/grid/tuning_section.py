@@ -151,7 +151,9 @@ class TuningSection(Strict):
     reference: str | None = None
     """The architecture that the others are matched to; absent: the median one."""
     panel: list[str] = Field(default_factory=list)
-    """Architectures whose sensitivity to the learning rate is measured: 9 rates, 3 seeds each."""
+    """Architectures whose sensitivity to the learning rate is measured: 9 rates over the whole range."""
+    panel_seeds: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Seeds of each rate of a panel."""
     pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
     """The comparisons that a claim is to be made of, declared beforehand: the family of the tests."""
     equivalence: list[Equivalence] = Field(default_factory=list)

@@ -100,7 +100,7 @@ def verdict_table(
     found = []
     for kind, declared in (("better", claims), ("equal", equal)):
         family = [
-            _compared(units, kind, x, y, [task], margin) for (x, y), margin in declared for task in tasks
+            compared(units, kind, x, y, [task], margin) for (x, y), margin in declared for task in tasks
         ]
         unseen = len(declared) * max(0, declared_tasks - len(tasks))
         adjusted = holm([row["p"] for row in family] + [1.0] * unseen)
@@ -113,7 +113,7 @@ def verdict_table(
             _judge(row, given, declared_seeds)
         found += family
         if kind == "better" and len(tasks) > 1:
-            summaries = [_compared(units, "overall", x, y, tasks, None) for (x, y), _ in declared]
+            summaries = [compared(units, "overall", x, y, tasks, None) for (x, y), _ in declared]
             found += [row for row in summaries if row["seeds"]]
     return pl.DataFrame(
         [{name: row.get(name) for name in VERDICT_SCHEMA} for row in found], schema=VERDICT_SCHEMA
@@ -135,10 +135,19 @@ def final_scores(rows: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _compared(
+def compared(
     units: pl.DataFrame, kind: str, x: str, y: str, tasks: Sequence[Key], margin: float | None
 ) -> dict[str, Any]:
-    """Everything that the paired runs of x and y say, without a judgement; p is 1 where there are none."""
+    """Everything that the paired runs of x and y say, without a judgement; p is 1 where there are none.
+
+    Args:
+        units: as :func:`final_scores` gives them.
+        kind: as in :data:`VERDICT_SCHEMA`.
+        x: the arm whose score is the first of the difference.
+        y: the other arm.
+        tasks: (task, task_params) of the strata; one, unless kind is ``overall``.
+        margin: of kind ``equal``.
+    """
     metric = "chance_scaled_accuracy" if kind == "overall" else "accuracy"
     one = tasks[0] if kind != "overall" else (None, None)
     row: dict[str, Any] = {
@@ -202,12 +211,12 @@ def _judge(row: dict[str, Any], trials: Sequence[int], declared_seeds: int) -> N
             missing.append(f"Holm p {p_text(row['p_holm'])} > {ALPHA}")
         row["claim"] = None if missing else "equal"
     else:
-        missing += _lacking(row)
+        missing += lacking(row)
         row["claim"] = None if missing else row["x"] if row["difference"] > 0 else row["y"]
     row["reason"] = "; ".join(missing) or None
 
 
-def _lacking(row: Mapping[str, Any]) -> list[str]:
+def lacking(row: Mapping[str, Any]) -> list[str]:
     """What a claim that one is better lacks."""
     if row["difference"] == row["mean_difference"] == 0:
         return ["no difference"]

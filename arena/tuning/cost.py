@@ -126,13 +126,7 @@ def cost_lines(
     per_study = (section.points + section.trials) * seeds
     search, final = per_study * len(settings), len(section.report_seeds) * len(settings)
     panel = panel_runs * sum(setting.arm in section.panel for setting in settings)
-    total = tokens = 0.0
-    for index, setting in enumerate(settings):
-        untested = per_study + (panel_runs if setting.arm in section.panel else 0)
-        tested = len(section.report_seeds)
-        tokens += (untested + tested) * run_tokens(setting)
-        total += untested * run_seconds(setting, seconds[index], tested=False)
-        total += tested * run_seconds(setting, seconds[index], tested=True)
+    total, tokens = total_cost(settings, section, seconds, panel_runs=panel_runs)
     arms = {setting.arm for setting in settings}
     tasks = len(settings) // len(arms)
     lines = [
@@ -141,13 +135,28 @@ def cost_lines(
         + (f" x {seeds} seeds" if seeds > 1 else "")
         + f": {search} runs of the search, {final} of the winners, {panel} of panels; {tokens / 1e6:,.1f} M "
         "training tokens",
-        f"cost: {_hours(total)} of computing by a short measurement, about {_hours(total / workers)} on "
+        f"cost: {hours(total)} of computing by a short measurement, about {hours(total / workers)} on "
         f"{workers} worker{'s' if workers > 1 else ''}",
     ]
     if section.extension_points:
         more = section.extension_points * seeds * len(settings)
         lines.append(f"      and {more} runs more for every bound that a best point comes close to")
     return lines
+
+
+def total_cost(
+    settings: Sequence[Setting], section: TuningSection, seconds: Mapping[int, float], *, panel_runs: int
+) -> tuple[float, float]:
+    """Seconds of computing and training tokens, extensions apart; arguments as of :func:`cost_lines`."""
+    per_study = (section.points + section.trials) * len(section.search_seeds)
+    total = tokens = 0.0
+    for index, setting in enumerate(settings):
+        untested = per_study + (panel_runs if setting.arm in section.panel else 0)
+        tested = len(section.report_seeds)
+        tokens += (untested + tested) * run_tokens(setting)
+        total += untested * run_seconds(setting, seconds[index], tested=False)
+        total += tested * run_seconds(setting, seconds[index], tested=True)
+    return total, tokens
 
 
 def family_lines(section: TuningSection, tasks: int) -> list[str]:
@@ -168,7 +177,8 @@ def family_lines(section: TuningSection, tasks: int) -> list[str]:
     return lines or ["seeds: no pairs are declared in [tuning], so there will be no verdict on any pair"]
 
 
-def _hours(seconds: float) -> str:
+def hours(seconds: float) -> str:
+    """A time for people."""
     return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
 
 

@@ -15,7 +15,7 @@ from arena.grid.fields import ExperimentError
 from arena.grid.plan import Setting, canonical, plan_settings
 from arena.grid.store import write_whole
 from arena.grid.tuning_section import TuningSection
-from arena.tuning.cost import Probes, cost_lines, crew_size, family_lines
+from arena.tuning.cost import Probes, cost_lines, crew_size, family_lines, total_cost
 from arena.tuning.exploit import check_sampler
 from arena.tuning.flops import relative
 from arena.tuning.ledger import ledger_lines, ledger_table
@@ -25,7 +25,13 @@ from arena.tuning.space import Point, Space, make_space, own_override
 
 PANEL_RATES = 9
 """Learning rates of a panel, over the whole range of the space."""
-PANEL_SEEDS = (2000, 2001, 2002)
+PANEL_SEED = 2000
+"""The first seed of the panels."""
+
+
+def panel_seeds(section: TuningSection) -> range:
+    """Seeds of each rate of a panel."""
+    return range(PANEL_SEED, PANEL_SEED + section.panel_seeds)
 
 
 def check(experiment: Experiment, section: TuningSection, device: str) -> Space:
@@ -36,7 +42,7 @@ def check(experiment: Experiment, section: TuningSection, device: str) -> Space:
     """
     check_sampler(section.exploit)
     space = make_space(experiment, section)
-    both = sorted({*section.search_seeds} & {*PANEL_SEEDS}) if section.panel else []
+    both = sorted({*section.search_seeds} & {*panel_seeds(section)}) if section.panel else []
     if both:  # a point at a bound would be a run of the panel too
         raise ExperimentError(f"search_seeds has {both}, which are seeds of the panel: give others")
     plain = plan_settings(experiment, device=device)
@@ -115,11 +121,39 @@ def prepare(
     lines = [
         *ledger_lines(ledger),
         *family_lines(section, len(experiment.tasks)),
-        *cost_lines(settings, section, seconds, workers=count, panel_runs=PANEL_RATES * len(PANEL_SEEDS)),
+        *cost_lines(settings, section, seconds, workers=count, panel_runs=PANEL_RATES * section.panel_seeds),
     ]
     for line in lines:
         say(line)
     return settings, solved
+
+
+def planned_seconds(
+    experiment: Experiment, folder: Path, *, device: str, workers: int | None, gpus: int
+) -> tuple[float, int]:
+    """Seconds of computing that a tuning will take, by a short measurement, and its processes.
+
+    Args:
+        experiment: with its ``[tuning]`` section.
+        folder: ``DIR/tuning``; what is measured there is not measured again.
+        device: ``cpu`` or ``cuda``.
+        workers: processes; None: one a core, or one a GPU.
+        gpus: number of GPUs to use.
+
+    Raises:
+        ExperimentError: the experiment can't be run.
+    """
+    section = experiment.tuning or TuningSection()
+    space = check(experiment, section, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, _ = prepare(
+        experiment, space, folder, device=device, workers=workers, gpus=gpus, say=lambda line: None
+    )
+    count, threads = crew_size(workers, gpus, len(settings))
+    probes = Probes(folder / "probes.json", device=device, threads=threads)
+    seconds = {index: probes.seconds(setting) for index, setting in enumerate(settings)}
+    panel_runs = PANEL_RATES * section.panel_seeds
+    return total_cost(settings, section, seconds, panel_runs=panel_runs)[0], count
 
 
 def _plan_own(

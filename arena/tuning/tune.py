@@ -29,7 +29,7 @@ from arena.grid.tuning_section import TuningSection
 from arena.tuning.crew import GRACE, POLL, Crew, Trials, identity
 from arena.tuning.exploit import batches, suggest
 from arena.tuning.match import Solution, plan_solved
-from arena.tuning.prepare import PANEL_RATES, PANEL_SEEDS, check, prepare, write_parquet
+from arena.tuning.prepare import PANEL_RATES, check, panel_seeds, prepare, write_parquet
 from arena.tuning.select import best, metric_lengths, score_rows, winners_table
 from arena.tuning.space import Edge, Point, Space, own_override
 from arena.tuning.study import Desk, Outcome, open_storage
@@ -312,7 +312,7 @@ class _Tuner:
                 train=_untested(desk.setting),
             )
             for index in range(PANEL_RATES)
-            for seed in PANEL_SEEDS
+            for seed in panel_seeds(self.section)
         ]
 
     def _defaults(self) -> dict[str, float]:

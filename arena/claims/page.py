@@ -1,0 +1,162 @@
+"""docs/claims.md and the tables of ``arena reproduce``: claim, published, ours, verdict. Nothing is typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from arena.claims.file import SIZES, Claim, claim_names, load_claim
+from arena.claims.judge import Finding, Judged, judge
+from arena.claims.record import FOLDER, Record, load_record
+from arena.constructions import CONSTRUCTIONS, Measured
+
+COLUMNS = ("statement", "published", "ours", "verdict")
+
+_HOW = """\
+Findings that others have published, re-tested with `arena reproduce`. Each is a file of `experiments/claims/`:
+settings, published numbers and the rule of the verdict were fixed there before any run. Every architecture is
+tuned on the same points; its winner is trained on fresh seeds and tested once. A score is the chance-scaled
+accuracy, (accuracy - chance) / (1 - chance), on split test. Every statement is tested in both directions, with
+Holm's correction over the statements of a claim: *confirmed* and *not confirmed* are both findings, and
+*undecided* says what is lacking. A claim is confirmed where every statement of it is; statements marked *ours*
+are beside the claim and do not count. The small size (`cpu`) is not the published regime: what it does not
+confirm may hold there.
+
+This page is made by `python tools/claims.py` from the records in `experiments/claims/results/`."""
+
+
+def rows_of(judged: Judged) -> list[tuple[str, str, str, str]]:
+    """A claim's lines in :data:`COLUMNS`."""
+    return [
+        (
+            finding.line.statement(finding.place) + (" (ours)" if finding.line.rule.ours else ""),
+            finding.line.published or "-",
+            finding.ours,
+            finding.text,
+        )
+        for finding in judged.findings
+    ]
+
+
+def construction_rows(measured: Sequence[Measured]) -> list[tuple[str, ...]]:
+    """Ability, architecture, backend, length, accuracy, margin, error."""
+    return [
+        (
+            one.what,
+            f"`{one.arch}`",
+            one.backend,
+            f"{one.length:,}",
+            f"{one.accuracy:.4f}".rstrip("0").rstrip("."),
+            f"{one.margin:.2g} ({one.ideal:.2g})",
+            f"{one.error:.1g}",
+            "passes" if one.passes else "FAILS",
+        )
+        for one in measured
+    ]
+
+
+CONSTRUCTION_COLUMNS = (
+    "ability",
+    "architecture",
+    "backend",
+    "length",
+    "accuracy",
+    "margin (in float64)",
+    "largest error",
+    "verdict",
+)
+
+
+def page() -> str:
+    """The text of docs/claims.md."""
+    parts = ["# Claims", _HOW, "## Constructions", _constructions()]
+    for name in claim_names():
+        parts.append(_claim(load_claim(name)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _constructions() -> str:
+    text = (
+        "Weights set by hand, so that it is known that the blocks can hold an ability and that the operator "
+        "carries it, before anyone asks whether training finds it. In float32; the margin is the smallest "
+        "distance of the right answer's logit from the best wrong one, the error the largest deviation of a "
+        "logit from the same model in float64."
+    )
+    path = FOLDER / "constructions.json"
+    if not path.exists():
+        names = ", ".join(construction.name for construction in CONSTRUCTIONS)
+        return f"{text}\n\nNot run here yet ({names}): `arena reproduce constructions --record`."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    measured = [Measured(**entry) for entry in data["measured"]]
+    table = _table(CONSTRUCTION_COLUMNS, construction_rows(measured))
+    return f"{text}\n\n{table}\n\n{_origin(data['origin'])}"
+
+
+def _claim(claim: Claim) -> str:
+    section = claim.section
+    head = f"## {section.number}. {section.sentence}"
+    kind = "Ours, exploratory. " if section.exploratory else ""
+    lines = [
+        f"{kind}Source: {section.source}",
+        f"Published numbers: {section.trust}",
+        f"Settings: {section.settings} All of them: `experiments/claims/{claim.name}.toml`.",
+    ]
+    parts = [head, "\n".join(f"- {' '.join(line.split())}" for line in lines)]
+    for size in SIZES:
+        record = load_record(claim.name, size)
+        if record is None:
+            parts.append(f"**Size {size}: not run** (`{command(claim.name, size)}`).")
+        else:
+            parts.append(_size(claim, size, record))
+    if load_record(claim.name, "cpu") is None and load_record(claim.name, "full") is None:
+        table = [(line.statement(_place(claim, line)), line.published or "-") for line in claim.lines]
+        parts.append(_table(("statement to be tested", "published"), table))
+    return "\n\n".join(parts)
+
+
+def _place(claim: Claim, line: Any) -> str:
+    task = line.rule.task or claim.experiments["cpu"].tasks[0].name
+    params = ", ".join(f"{name} {value}" for name, value in line.rule.params.items())
+    return task + (f" ({params})" if params else "") + (f", length {line.rule.length}" if line.rule.length else "")
+
+
+def _size(claim: Claim, size: str, record: Record) -> str:
+    judged = judge(claim, size, record.table)
+    lines = [f"**Size {size}: {judged.verdict}.**"]
+    if record.origin["seal"] != claim.seal(size):
+        lines.append("**The settings or rules were changed after this run: it does not count.**")
+    lines += [_table(COLUMNS, rows_of(judged)), _origin(record.origin)]
+    return "\n\n".join(lines)
+
+
+def _origin(origin: Mapping[str, Any]) -> str:
+    places = []
+    for around in origin["environments"]:
+        packages = around["packages"]
+        machine = ", ".join(around["gpus"]) or around["cpu"]
+        commit = (around["commit"] or "unknown")[:10] + ("+changes" if "+" in (around["commit"] or "") else "")
+        places.append(
+            f"torch {packages['torch']}, Python {around['python']}, {machine}, {around['system']}, "
+            f"commit {commit}"
+        )
+    spent = ""
+    if "runs" in origin:
+        spent = f"{origin['runs']} runs, {origin['seconds'] / 60:.0f} minutes of computing; "
+    mixed = " MIXED environments: " if len(places) > 1 else " "
+    return f"`{origin['command']}` on {origin['date']}: {spent}{mixed.strip()}{' / '.join(places)}."
+
+
+def command(name: str, size: str) -> str:
+    """What runs a claim."""
+    return f"arena reproduce {name}" + ("" if size == "cpu" else f" --size {size}")
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(columns), "|" + "---|" * len(columns), *(line(row) for row in rows)])
+
+
+__all__ = ["COLUMNS", "CONSTRUCTION_COLUMNS", "Finding", "command", "construction_rows", "page", "rows_of"]

@@ -1,0 +1,173 @@
+"""``arena reproduce``: run a published claim through the fair tuner and judge it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from arena.cli.common import FAILED, OK, check_machine, console, wrong
+from arena.cli.train import run_tuning
+
+if TYPE_CHECKING:
+    from arena.claims import Claim
+    from arena.claims.judge import Judged
+
+CONSTRUCTIONS = "constructions"
+
+
+def reproduce(
+    claim: Annotated[
+        str | None, typer.Argument(help="Name or number of a claim, or constructions; see --list.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All claims, in their order.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Say which claims there are.")] = False,
+    size: Annotated[str, typer.Option(help="cpu (small) or full (the published regime).")] = "cpu",
+    out: Annotated[
+        str, typer.Option(help="Folder for the result folders, one a claim and size.")
+    ] = "results/claims",
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep what was obtained in experiments/claims/results.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, or one a GPU.")] = None,
+) -> int:
+    """Re-test published claims: tune every architecture alike, test the winners, judge by the rule of the file.
+
+    Run it again to go on, or to judge again: only what is missing is trained.
+    """
+    from arena.claims import SIZES, claim_names, load_claim
+
+    if listing:
+        return _list()
+    if (claim is None) is not every:
+        wrong("give one claim, or --all; arena reproduce --list shows them")
+    if size not in SIZES:
+        wrong(f"--size is {' or '.join(SIZES)}, not {size!r}")
+    check_machine(device, workers, out)
+    folder = Path(out)
+    names = claim_names() if every else [] if claim == CONSTRUCTIONS else [str(claim)]
+    claims = [load_claim(name) for name in names]
+    options = f" --size {size}" * (size != "cpu") + f" --device {device}" * (device != "cpu")
+    if every or claim == CONSTRUCTIONS:
+        status = _constructions(record)
+        if status != OK or claim == CONSTRUCTIONS:
+            return status
+    if every:
+        _say_cost(claims, size, folder, device, workers)
+    status = OK
+    for found in claims:
+        directory = folder / f"{found.name}-{size}"
+        print(f"\n{found.section.number}. {found.section.sentence}")
+        status = max(
+            status,
+            run_tuning(
+                found.experiments[size], directory, device=device, workers=workers, storage=None
+            ),
+        )
+        if status not in (OK, FAILED):
+            return status
+        _judge(found, size, directory)
+        if record:
+            _keep(found, size, directory, f"arena reproduce {found.name}{options}")
+    return status
+
+
+def _list() -> int:
+    from arena.claims import SIZES, claim_names, judge, load_claim, load_record
+
+    print(f"  {CONSTRUCTIONS:16} weights set by hand: what the blocks can hold")
+    for name in claim_names():
+        claim = load_claim(name)
+        print(f"  {name:16} {claim.section.number}. {claim.section.sentence}")
+        for size in SIZES:
+            kept = load_record(name, size)
+            verdict = "not run" if kept is None else judge(claim, size, kept.table).verdict
+            print(f"  {'':16}    {size}: {verdict}")
+    return OK
+
+
+def _say_cost(claims: list[Claim], size: str, folder: Path, device: str, workers: int | None) -> None:
+    """What all of it will cost, before any of it starts."""
+    from arena.grid.driver import gpu_count
+    from arena.tuning.cost import hours
+    from arena.tuning.prepare import planned_seconds
+
+    total, count = 0.0, 1
+    for claim in claims:
+        seconds, count = planned_seconds(
+            claim.experiments[size],
+            folder / f"{claim.name}-{size}" / "tuning",
+            device=device,
+            workers=workers,
+            gpus=gpu_count(device),
+        )
+        total += seconds
+        print(f"planned: {claim.section.number}. {claim.name}: {hours(seconds)} of computing")
+    print(f"planned: all {len(claims)} claims: {hours(total)}, about {hours(total / count)} on {count} workers")
+
+
+def _judge(claim: Claim, size: str, directory: Path) -> Judged:
+    """Print the verdict."""
+    from rich.table import Table
+
+    from arena.claims import judge, score_table
+    from arena.claims.page import COLUMNS, rows_of
+    from arena.grid import load_results
+
+    judged = judge(claim, size, score_table(load_results(directory)))
+    table = Table(title=f"{claim.section.number}. {claim.section.sentence}", title_justify="left", show_lines=True)
+    for column in COLUMNS:
+        table.add_column(column)
+    for row in rows_of(judged):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"claim {claim.section.number} at size {size}: {judged.verdict}")
+    return judged
+
+
+def _keep(claim: Claim, size: str, directory: Path, command: str) -> None:
+    from arena.claims.record import keep, make_record
+
+    written = keep(make_record(claim, size, directory, command), claim.name, size)
+    print("recorded: " + ", ".join(str(path) for path in written))
+
+
+def _constructions(record: bool) -> int:
+    """Run the constructions and show them."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from arena.claims.page import CONSTRUCTION_COLUMNS, construction_rows
+    from arena.claims.record import FOLDER
+    from arena.constructions import CONSTRUCTIONS as ALL
+    from arena.constructions import measure
+    from arena.grid.environment import environment
+
+    print("constructions: weights set by hand, in the real blocks, in float32")
+    measured = [measure(construction, sequences=1) for construction in ALL]
+    table = Table()
+    for column in CONSTRUCTION_COLUMNS:
+        table.add_column(column)
+    for row in construction_rows(measured):
+        table.add_row(*row)
+    console.print(table)
+    failed = [one.name for one in measured if not one.passes]
+    if failed:
+        print(f"a construction fails ({', '.join(failed)}): nothing measured here can be trusted")
+        return FAILED
+    if record:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        origin: dict[str, Any] = {
+            "command": f"arena reproduce {CONSTRUCTIONS}",
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "environments": [environment()],
+        }
+        data = {"origin": origin, "measured": [asdict(one) for one in measured]}
+        (FOLDER / "constructions.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        print(f"recorded: {FOLDER / 'constructions.json'}")
+    return OK

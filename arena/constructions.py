@@ -68,8 +68,8 @@ def parity_model(counter: int = 2, arch: str = "deltanet-neg") -> Model:
     return model
 
 
-def s3_model() -> Model:
-    """The running product of S3 in one layer: ``deltaproduct[2]-neg``, one head.
+def s3_model(arch: str = "deltaproduct[2]-neg") -> Model:
+    """The running product of S3 in one layer, by one head.
 
     S3 acts on a plane; every element is a product of at most two reflections, so of two micro-steps with
     erase 2 or 0. Memories start at 0 and erase writes as much as it erases, so a micro-step reflects about a
@@ -77,10 +77,13 @@ def s3_model() -> Model:
     memory about c. Two value channels with centres c e1 and c e2 let one query q read c (q - g q), g the
     group element: a vertex of a hexagon, seen from another one, so that six elements give the origin and five
     directions 30 degrees apart.
+
+    Args:
+        arch: ``deltaproduct[2]-neg``, or ``gdnproduct[2]-neg`` with decay 1.
     """
     task = synthetic_tasks.get("s3")
     K, C = 32, 0.3
-    model = _blank("deltaproduct[2]-neg", vocab_size=6, n_classes=6, d_model=K, n_heads=1)
+    model = _blank(arch, vocab_size=6, n_classes=6, d_model=K, n_heads=1)
     block: Any = model.blocks[0]
     u, w = torch.zeros(K, dtype=torch.float64), torch.zeros(K, dtype=torch.float64)
     u[: K // 2], w[K // 2 :] = (K // 2) ** -0.5, (K // 2) ** -0.5
@@ -91,24 +94,25 @@ def s3_model() -> Model:
     elements = _representation(task, reflections)
     query = torch.tensor([math.cos(math.pi / 3), math.sin(math.pi / 3)], dtype=torch.float64)
     unit = math.sqrt(K / 2)  # what a token's feature and the constant are after the norm of two ones
-    first = 8  # features: tokens at 0 .. 5, the constant, then the two that are read
-    ALL, READ = 6, first
+    ALL, READ = 6, 7  # features after those of the six tokens: the constant, and the two that are read
     with torch.no_grad():
         for token in range(6):
             model.embedding.weight[token, [token, ALL]] = 1.0
         q, k1, k2, v1, v2 = block.qkv.weight.view(5, K, K)
         q[:, ALL] = before_silu(query @ plane) / unit
         for token in range(6):
-            for number, (k, v) in zip(_factors(elements[token].T, reflections), ((k1, v1), (k2, v2)), strict=True):
-                step = 0 if k is k1 else 1
+            factors = _factors(elements[token].T, reflections)
+            for step, (number, k, v) in enumerate(zip(factors, (k1, k2), (v1, v2), strict=True)):
                 block.gate.erase.weight[step, token] = (-BIG if number is None else BIG) / unit
                 normal = normals[0 if number is None else number]
                 key = normal @ plane
                 least = float(key.min())
-                # as large as SiLU lets the negative channels be: the longer, the less the norm's epsilon counts
+                # as long as SiLU lets the negative channels be: the norm's epsilon counts the less
                 key = key * (0.27 / -least if least < 0 else BIG)
                 k[:, token] = before_silu(key) / unit
                 v[:2, token] = before_silu(C * normal) / unit
+        if hasattr(block.gate, "decay"):
+            block.gate.decay.dt_bias.fill_(-60.0)  # decay exp(-A e^-60)
         block.gate_out.linear.weight[:, ALL] = 1.0
         block.out.weight[[READ, READ + 1], [0, 1]] = 1.0
         for index in range(6):
@@ -221,8 +225,9 @@ def _blank(arch: str, **fields: Any) -> Model:
     """A model of one layer without convolution in which every weight is 0, norms apart."""
     model = build_model(ModelConfig(arch=arch, n_layers=1, conv="none", **fields), seed=0)
     block: Any = model.blocks[0]
+    layer: Any = model.layers[0]
     with torch.no_grad():
-        for part in (block, model.layers[0].mlp, model.head, model.embedding):
+        for part in (block, layer.mlp, model.head, model.embedding):
             for parameter in part.parameters():
                 parameter.zero_()
         block.norm.weight.fill_(1.0)
@@ -269,15 +274,26 @@ CONSTRUCTIONS = (
         task="s3",
         params={},
     ),
-    *(
-        Construction(
-            name=f"counting, {arch}",
-            what=f"majority of 8 symbols: decay 1{', erase 0 and write 1' if arch == 'gdn2' else ''}",
-            build=lambda arch=arch: counting_model(arch),
-            task="majority",
-            params={"n_symbols": 8, "supervision": "running"},
-        )
-        for arch in ("gla", "mlstm", "gdn2")
+    Construction(
+        name="counting, gla",
+        what="majority of 8 symbols: decay 1",
+        build=lambda: counting_model("gla"),
+        task="majority",
+        params={"n_symbols": 8, "supervision": "running"},
+    ),
+    Construction(
+        name="counting, mlstm",
+        what="majority of 8 symbols: decay 1",
+        build=lambda: counting_model("mlstm"),
+        task="majority",
+        params={"n_symbols": 8, "supervision": "running"},
+    ),
+    Construction(
+        name="counting, gdn2",
+        what="majority of 8 symbols: decay 1, erase 0 and write 1",
+        build=lambda: counting_model("gdn2"),
+        task="majority",
+        params={"n_symbols": 8, "supervision": "running"},
     ),
     Construction(
         name="recall",

@@ -2,12 +2,12 @@
 
 Every line is tested in both directions, so that a verdict rests on evidence and never on the sign of a mean:
 
-- ``solves``, ``fails``: how many runs do; an exact two-sided binomial test against one half ("most runs do"),
-  with the exact 95 % interval of the rate. A median over seeds, as papers report it, is the same statement.
-- ``above``: confirmed by the rule of :mod:`arena.report.verdicts` (interval of the difference of interquartile
-  means, probability of improvement, sign-flip test); not confirmed where a sign-flip test shows that the mean
-  difference is below ``least``. Where neither arm is above chance, or both solve the task in every run, the
-  setting cannot tell and the line is undecided.
+- ``solves``, ``fails``: how many runs do; an exact two-sided binomial test against one half ("most runs
+  do"), with the exact 95 % interval of the rate. A median over seeds, as papers report it, says the same.
+- ``above``: confirmed by the rule of :mod:`arena.report.verdicts` (interval of the difference of
+  interquartile means, probability of improvement, sign-flip test); not confirmed where a sign-flip test shows
+  that the mean difference is below ``least``. Where neither arm is above chance, or both solve the task in
+  every run, the setting cannot tell and the line is undecided.
 - ``equal``: two one-sided sign-flip tests against the margin; not confirmed where one shows that the
   difference is beyond it.
 - ``narrower``: as ``above``, on the width in decades of each seed's window of good learning rates.
@@ -297,7 +297,7 @@ def _windows(finding: Finding, table: pl.DataFrame, key: tuple[str, str]) -> Fin
     open_ends = [arm for arm, name in ((x, "open"), (y, "open_y")) if both[name].any()]
     if open_ends:
         ours += f"; a window of {' and of '.join(open_ends)} reaches the end of the panel: it is wider"
-    idle = [arm for arm, name in ((x, "best"), (y, "best_y")) if both[name].median() < LEARNED]
+    idle = [arm for arm, name in ((x, "best"), (y, "best_y")) if np.median(both[name].to_numpy()) < LEARNED]
     cannot = f"{' and '.join(idle)} learned nothing at this size" if idle else None
     missing = () if len(differences) >= MIN_UNITS else (f"{MIN_UNITS} pairs at least",)
     return _above(

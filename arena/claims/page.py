@@ -14,14 +14,14 @@ from arena.constructions import CONSTRUCTIONS, Measured
 COLUMNS = ("statement", "published", "ours", "verdict")
 
 _HOW = """\
-Findings that others have published, re-tested with `arena reproduce`. Each is a file of `experiments/claims/`:
-settings, published numbers and the rule of the verdict were fixed there before any run. Every architecture is
-tuned on the same points; its winner is trained on fresh seeds and tested once. A score is the chance-scaled
-accuracy, (accuracy - chance) / (1 - chance), on split test. Every statement is tested in both directions, with
-Holm's correction over the statements of a claim: *confirmed* and *not confirmed* are both findings, and
-*undecided* says what is lacking. A claim is confirmed where every statement of it is; statements marked *ours*
-are beside the claim and do not count. The small size (`cpu`) is not the published regime: what it does not
-confirm may hold there.
+Findings that others have published, re-tested with `arena reproduce`. Each is a file of
+`experiments/claims/`: settings, published numbers and the rule of the verdict were fixed there before any
+run. Every architecture is tuned on the same points; its winner is trained on fresh seeds and tested once. A
+score is the chance-scaled accuracy, (accuracy - chance) / (1 - chance), on split test. Every statement is
+tested in both directions, with Holm's correction over the statements of a claim: *confirmed* and *not
+confirmed* are both findings, and *undecided* says what is lacking. A claim is confirmed where every statement
+of it is; statements marked *ours* are beside the claim and do not count. The small size (`cpu`) is not the
+published regime: what it does not confirm may hold there.
 
 This page is made by `python tools/claims.py` from the records in `experiments/claims/results/`."""
 
@@ -116,9 +116,11 @@ def _claim(claim: Claim) -> str:
 
 
 def _place(claim: Claim, line: Any) -> str:
-    task = line.rule.task or claim.experiments["cpu"].tasks[0].name
-    params = ", ".join(f"{name} {value}" for name, value in line.rule.params.items())
-    return task + (f" ({params})" if params else "") + (f", length {line.rule.length}" if line.rule.length else "")
+    rule = line.rule
+    place = rule.task or claim.experiments["cpu"].tasks[0].name
+    if rule.params:
+        place += " (" + ", ".join(f"{name} {value}" for name, value in rule.params.items()) + ")"
+    return place + (f", length {rule.length}" if rule.length else "")
 
 
 def _size(claim: Claim, size: str, record: Record) -> str:
@@ -133,18 +135,17 @@ def _size(claim: Claim, size: str, record: Record) -> str:
 def _origin(origin: Mapping[str, Any]) -> str:
     places = []
     for around in origin["environments"]:
-        packages = around["packages"]
         machine = ", ".join(around["gpus"]) or around["cpu"]
-        commit = (around["commit"] or "unknown")[:10] + ("+changes" if "+" in (around["commit"] or "") else "")
+        commit, plus, rest = (around["commit"] or "unknown").partition("+")
         places.append(
-            f"torch {packages['torch']}, Python {around['python']}, {machine}, {around['system']}, "
-            f"commit {commit}"
+            f"torch {around['packages']['torch']}, Python {around['python']}, {machine}, {around['system']}, "
+            f"commit {commit[:10]}{plus}{rest}"
         )
     spent = ""
     if "runs" in origin:
         spent = f"{origin['runs']} runs, {origin['seconds'] / 60:.0f} minutes of computing; "
-    mixed = " MIXED environments: " if len(places) > 1 else " "
-    return f"`{origin['command']}` on {origin['date']}: {spent}{mixed.strip()}{' / '.join(places)}."
+    mixed = "MIXED environments: " if len(places) > 1 else ""
+    return f"`{origin['command']}` on {origin['date']}: {spent}{mixed}{' / '.join(places)}."
 
 
 def command(name: str, size: str) -> str:

@@ -13,15 +13,13 @@ SCORE_SCHEMA: dict[str, Any] = {
     **dict.fromkeys(("stage", "task", "task_params", "arm", "arch"), pl.String),
     **dict.fromkeys(("seed", "eval_length"), pl.Int64),
     "status": pl.String,
-    **dict.fromkeys(
-        ("score", "accuracy", "sequence_accuracy", "chance", "lr", "weight_decay"), pl.Float64
-    ),
+    **dict.fromkeys(("score", "accuracy", "sequence_accuracy", "chance", "lr", "weight_decay"), pl.Float64),
     **dict.fromkeys(("params", "state_bytes", "steps", "train_tokens"), pl.Int64),
 }
 """Columns of a claim's scores. ``stage``: ``final`` (a retrained winner on split test, a row for each run and
-length) or ``panel`` (a run of the learning-rate panel on split valid; ``eval_length`` is null, the score the
-mean over the valid lengths). ``score``: chance-scaled accuracy; a diverged run has the worst. ``state_bytes``:
-of one sequence of that length."""
+length) or ``panel`` (a run of the learning-rate panel on split valid; ``eval_length`` is null, the score is
+the mean over the valid lengths). ``score``: chance-scaled accuracy; a diverged run has the worst.
+``state_bytes``: of one sequence of that length."""
 
 
 def score_table(rows: pl.DataFrame) -> pl.DataFrame:

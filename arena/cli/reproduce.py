@@ -35,7 +35,7 @@ def reproduce(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, or one a GPU.")] = None,
 ) -> int:
-    """Re-test published claims: tune every architecture alike, test the winners, judge by the rule of the file.
+    """Re-test published claims: tune all architectures alike, test the winners, judge by the file's rule.
 
     Run it again to go on, or to judge again: only what is missing is trained.
     """
@@ -64,9 +64,7 @@ def reproduce(
         print(f"\n{found.section.number}. {found.section.sentence}")
         status = max(
             status,
-            run_tuning(
-                found.experiments[size], directory, device=device, workers=workers, storage=None
-            ),
+            run_tuning(found.experiments[size], directory, device=device, workers=workers, storage=None),
         )
         if status not in (OK, FAILED):
             return status
@@ -107,7 +105,7 @@ def _say_cost(claims: list[Claim], size: str, folder: Path, device: str, workers
         )
         total += seconds
         print(f"planned: {claim.section.number}. {claim.name}: {hours(seconds)} of computing")
-    print(f"planned: all {len(claims)} claims: {hours(total)}, about {hours(total / count)} on {count} workers")
+    print(f"planned: all {len(claims)} claims: {hours(total)}, {hours(total / count)} on {count} workers")
 
 
 def _judge(claim: Claim, size: str, directory: Path) -> Judged:
@@ -119,7 +117,8 @@ def _judge(claim: Claim, size: str, directory: Path) -> Judged:
     from arena.grid import load_results
 
     judged = judge(claim, size, score_table(load_results(directory)))
-    table = Table(title=f"{claim.section.number}. {claim.section.sentence}", title_justify="left", show_lines=True)
+    title = f"{claim.section.number}. {claim.section.sentence}"
+    table = Table(title=title, title_justify="left", show_lines=True)
     for column in COLUMNS:
         table.add_column(column)
     for row in rows_of(judged):

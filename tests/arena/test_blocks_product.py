@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +10,9 @@ import torch
 import synthetic_tasks
 from arena.blocks import block_names, block_options, build_block
 from arena.blocks.matrix import MatrixMemoryBlock
+from arena.constructions import s3_model
 from arena.memory import GateSpec
 from arena.model import ModelConfig, arch_names, build_model, model_params, parse_arch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from s3_by_hand import s3_model
 
 D, H, B = 8, 2, 2
 

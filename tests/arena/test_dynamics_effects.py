@@ -1,19 +1,14 @@
-import sys
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
 import synthetic_tasks
+from arena.constructions import parity_model
 from arena.dynamics import effects
 from arena.dynamics.classes import token_classes
 from arena.dynamics.intervene import Edit, parse_edit
 from arena.model import ModelConfig, build_model
-
-sys.path.insert(0, str(Path(__file__).parent))
-from parity_by_hand import parity_model
 
 TASK = synthetic_tasks.get("parity", supervision="running")
 LENGTH = 40
@@ -25,7 +20,7 @@ def measured(model, length=LENGTH, **options):
 
 def test_the_counter_is_found_and_confirmed():
     """Known answer: without reflection the counter can only tell whether there was a one."""
-    table = measured(parity_model(counter=2))
+    table = measured(parity_model(counter=2).double())
     batch = TASK.sample(64, LENGTH, split="test")
     stuck = ((batch.tokens.cumsum(1) > 0) == batch.targets.bool()).double().mean().item()
     clamped = table.filter(pl.col("change") == "erase clamped to [0, 1]")
@@ -49,7 +44,7 @@ def test_the_counter_is_found_and_confirmed():
 
 
 def test_gates_of_the_counter_matter_and_others_do_not():
-    table = measured(parity_model(counter=1))
+    table = measured(parity_model(counter=1).double())
     frozen = table.filter(pl.col("change").str.ends_with("its mean"), role="head")
     dropped = frozen.filter(pl.col("effect") < -0.3).select("gate", "heads").rows()
     # Written or erased by a constant, the counter's memory no longer tells the tokens apart. The output gate
@@ -83,7 +78,7 @@ def test_other_architectures_have_the_gates_that_they_have(arch):
 
 def test_interventions_that_are_asked_for():
     edit = parse_edit("erase:clamp:0:1@head=2@class=stays")
-    table = measured(parity_model(), interventions=[effects.Intervention(edits=(edit,))])
+    table = measured(parity_model().double(), interventions=[effects.Intervention(edits=(edit,))])
     (row,) = table.to_dicts()
     assert (row["role"], row["heads"], row["tokens"], row["effect"]) == (
         "chosen",
@@ -93,11 +88,11 @@ def test_interventions_that_are_asked_for():
     )
     wrong = effects.Intervention(edits=(Edit(gate="decay", action="zero"),))
     with pytest.raises(ValueError, match="has no decay gate; its gates: erase, write, output"):
-        measured(parity_model(), interventions=[wrong])
+        measured(parity_model().double(), interventions=[wrong])
 
 
 def test_few_sequences_have_no_interval():
-    table = effects.measure_effects(parity_model(), TASK, 20, n_sequences=9)
+    table = effects.measure_effects(parity_model().double(), TASK, 20, n_sequences=9)
     assert table["effect"].null_count() == 0 and table["low"].null_count() == len(table)
 
 
@@ -135,7 +130,7 @@ def test_least_eigenvalue(channels):
 def test_eigenvalues_of_the_counter():
     batch = TASK.sample(8, 20)
     classes = token_classes(TASK, batch.tokens, batch.targets)
-    table = effects.head_eigenvalues(parity_model(counter=2), batch.tokens, classes)
+    table = effects.head_eigenvalues(parity_model(counter=2).double(), batch.tokens, classes)
     counter = table.filter(head=2)
     found = dict(counter.select("tokens", "least_eigenvalue").iter_rows())
     assert found["moves"] == pytest.approx(-1) and found["stays"] == pytest.approx(1)
@@ -162,7 +157,7 @@ def test_interval_of_a_mean():
 
 def test_the_counter_of_a_signed_decay_is_found_and_confirmed():
     """mamba2-neg has no erase: what reflects its memory is the decay."""
-    table = measured(parity_model(counter=1, arch="mamba2-neg"))
+    table = measured(parity_model(counter=1, arch="mamba2-neg").double())
     batch = TASK.sample(64, LENGTH, split="test")
     seen_one = batch.tokens.cumsum(1) > 0
     stuck = (seen_one == batch.targets.bool()).double().mean().item()

@@ -1,19 +1,14 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import arena
 import synthetic_tasks
+from arena.constructions import parity_model
 from arena.dynamics.classes import token_classes
 from arena.dynamics.effects import sequence_accuracy
 from arena.dynamics.hooks import gates_of, hooked
 from arena.dynamics.intervene import Edit, check, edited, parse_edit, prepare
 from arena.memory import NAMED
-
-sys.path.insert(0, str(Path(__file__).parent))
-from parity_by_hand import parity_model
 
 ARCHS = [*NAMED, "slstm", "lstm", "attention", "swa"]
 B, T, D = 2, 7, 16
@@ -254,7 +249,7 @@ def test_parity_by_hand_is_solved_by_the_counter_alone():
     """Clamped to [0, 1], the counter can only say that there was a one: its accuracy is known exactly."""
     task = synthetic_tasks.get("parity", supervision="running")
     batch = task.sample(32, 60, split="test")
-    model = parity_model(counter=2)
+    model = parity_model(counter=2).double()
     classes = token_classes(task, batch.tokens, batch.targets)
     assert torch.equal(classes["moves"], batch.tokens == 1)
     assert (sequence_accuracy(model, batch.tokens, batch.targets) == 1).all()
@@ -275,7 +270,7 @@ def test_parity_by_hand_is_solved_by_the_counter_alone():
 
 
 def test_a_class_that_is_not_there():
-    model = parity_model()
+    model = parity_model().double()
     with (
         pytest.raises(ValueError, match=r"there is no class of tokens 'query'.*some"),
         edited(model, [parse_edit("erase:zero@class=query")], {"some": torch.ones(1, 3, dtype=torch.bool)}),

@@ -1,22 +1,17 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import synthetic_tasks
+from arena.constructions import parity_model
 from arena.dynamics import probe
 from arena.model import ModelConfig, build_model
-
-sys.path.insert(0, str(Path(__file__).parent))
-from parity_by_hand import parity_model
 
 PARITY = synthetic_tasks.get("parity", supervision="running")
 
 
 def test_the_state_of_the_counter_holds_parity_at_every_length():
-    table = probe.measure_decodability(parity_model(), PARITY, [20, 60], n_fit=128, n_test=128)
+    table = probe.measure_decodability(parity_model().double(), PARITY, [20, 60], n_fit=128, n_test=128)
     assert table.select("length", "fitted_length").rows() == [(20, 20), (60, 60), (60, 20)]
     assert (table["accuracy"] == 1).all() and (table["low"] > 0.97).all()
     assert table["control"].is_between(0.4, 0.6).all()

@@ -5,24 +5,28 @@ Axes: B batch, T positions, C tokens in one position, D model width.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arena.blocks import Block, block_names, block_options, build_block
+from arena.blocks import Block, block_options, build_block
 from arena.blocks.base import State, no_weight_decay
 from arena.blocks.outer import RMSNorm
-from arena.blocks.registry import name_error, near
+from arena.blocks.registry import near
+from arena.layer import ConvolvedLayer, Layer
+from arena.mlp import GatedMLP, MixtureMLP, Routing
+from arena.stack import arch_names as arch_names
+from arena.stack import parse_arch
 
 RESULT_VERSION = 1
 """Bumped by hand when results of this part change; part of every run's id."""
 
-_STACK = re.compile(r"xlstm\[(\d+):(\d+)\]")
+CONV_ON = ("qkv", "all")
 _GELU_FACTOR = 1.3  # hidden width of the official sLSTM's gated MLP over d_model (2405.04517)
 
 
@@ -35,7 +39,8 @@ class ModelConfig:
     """
 
     arch: str
-    """A block name, ``xlstm[a:b]`` or ``a+b``; see :func:`parse_arch`."""
+    """A block name, ``xlstm[m:n]``, ``a+b``, ``a+b[m:n]``, ``a+b[first]`` or ``a+b[last]``; see
+    :func:`arena.stack.parse_arch`."""
     vocab_size: int
     """Input tokens are below this."""
     n_classes: int
@@ -50,10 +55,21 @@ class ModelConfig:
     """``common``: every block gets the same layer and SwiGLU MLP; ``official``: the layer of its paper."""
     conv: str | None = None
     """Short convolution of the blocks; None: what ``outer`` implies."""
+    conv_on: str = "qkv"
+    """``all``: the convolution named by ``conv`` is also after the block's map out and after gate, up and
+    down of its MLP (:class:`arena.layer.ConvolvedLayer`)."""
     mlp_ratio: float = 8 / 3
     """Hidden width of the SwiGLU MLP over d_model; 8/3 gives the 8 D^2 weights of a plain MLP of factor 4."""
     mlp_hidden: int | None = None
-    """Hidden width of the MLP after every block that has one, in place of a ratio."""
+    """Hidden width of the MLP after every block that has one, in place of a ratio; of one expert, where
+    there are several."""
+    experts: int = 1
+    """E: above 1, every MLP is a mixture of so many (:class:`arena.mlp.MixtureMLP`)."""
+    experts_per_token: int = 1
+    """k: the experts that a token goes through."""
+    load_balance: float = 0.01
+    """Coefficient of the load-balance loss of each mixture, E sum_e f_e P_e (:class:`arena.mlp.Routing`), in
+    the training loss; 0.01 as in Switch Transformer and ST-MoE."""
     tokens_per_position: int = 1
     """C: the embeddings, of width D/C, of the C tokens of one position are concatenated."""
     decoder: bool = False
@@ -73,103 +89,29 @@ class ModelConfig:
             raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
         if self.mlp_hidden is not None and self.mlp_hidden < 1:
             raise ValueError(f"mlp_hidden must be at least 1, not {self.mlp_hidden}")
+        if self.conv_on not in CONV_ON:
+            raise ValueError(f"unknown conv_on {self.conv_on!r}{near(self.conv_on, CONV_ON)}")
+        if self.conv_on == "all" and self.conv in (None, "none"):
+            raise ValueError("conv_on = 'all' needs a convolution: name it by conv")
+        if self.experts < 1:
+            raise ValueError(f"experts must be at least 1, not {self.experts}")
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"experts_per_token must be within 1..experts ({self.experts}), not {self.experts_per_token}"
+            )
+        if not (self.load_balance >= 0 and math.isfinite(self.load_balance)):
+            raise ValueError(f"load_balance must be finite and 0 or more, not {self.load_balance}")
+        if self.experts == 1 and self.load_balance != 0.01:
+            raise ValueError("load_balance is about a mixture of experts: give experts")
+        if self.experts > 1 and self.conv_on == "all":
+            raise ValueError(
+                "conv_on = 'all' does not go with experts: neighbouring tokens go through different ones"
+            )
         names = parse_arch(self.arch, self.n_layers)
         for option in self.options:
             if not any(option in block_options(name) for name in names):
                 known = sorted({known for name in names for known in block_options(name)})
                 raise ValueError(f"{self.arch!r} has no option {option!r}{near(option, known)}")
-
-
-def arch_names() -> list[str]:
-    """Architectures by name: every block, and the stack ``xlstm[1:1]``; ``a+b`` combines any two blocks.
-
-    A family of blocks is there once: ``deltaproduct[2]`` for ``deltaproduct[n]``.
-    """
-    return sorted([*block_names(), "xlstm[1:1]"])
-
-
-def parse_arch(arch: str, n_layers: int) -> list[str]:
-    """Block names of a stack, one a layer.
-
-    - A plain name: that block in every layer.
-    - ``xlstm[a:b]``: the ratio of mLSTM to sLSTM blocks. Each period of a + b layers is a mLSTM blocks, then
-      b sLSTM blocks, as in the xLSTM authors' small models (their xlstm[1:1] of two blocks has its sLSTM
-      second); a last period may be cut. (Their language models put a few sLSTM blocks at hand-picked layers
-      instead.) ``xlstm[1:0]`` is all mLSTM, ``xlstm[0:1]`` all sLSTM.
-    - ``a+b``: the blocks a and b take turns.
-
-    Raises:
-        ValueError: unknown name (the near ones are listed), or a stack shorter than one period.
-    """
-    stack = _STACK.fullmatch(arch)
-    if stack:
-        a, b = int(stack[1]), int(stack[2])
-        if a + b == 0:
-            raise ValueError(f"{arch!r} has no block: give a ratio such as xlstm[1:1]")
-        if a == 0 or b == 0:
-            a, b = min(a, 1), min(b, 1)
-        if n_layers < a + b:
-            raise ValueError(_too_few_layers(arch, a + b, n_layers))
-        period = ["mlstm"] * a + ["slstm"] * b
-    elif arch.startswith("xlstm"):
-        raise ValueError(f"{arch!r}: write xlstm[a:b] for a mLSTM to b sLSTM blocks, such as xlstm[1:1]")
-    else:
-        period = arch.split("+")
-        if len(period) > 2:
-            raise ValueError(f"{arch!r}: a stack alternates two blocks (a+b), not {len(period)}")
-    for name in period:
-        what = f"architecture {arch!r}" if name == arch else f"block {name!r} in architecture {arch!r}"
-        wrong = name_error(name, what=what, known=arch_names())
-        if wrong is not None:
-            raise ValueError(wrong)
-    if n_layers < len(period):
-        raise ValueError(_too_few_layers(arch, len(period), n_layers))
-    return [period[layer % len(period)] for layer in range(n_layers)]
-
-
-def _too_few_layers(arch: str, period: int, n_layers: int) -> str:
-    return f"{arch!r} needs at least {period} layers (one period), not {n_layers}"
-
-
-class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), without biases; weights as nn.Linear draws them, U(+-1/sqrt(fan in))."""
-
-    def __init__(self, width: int, hidden: int, *, gelu: bool) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-        self._gelu = gelu
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., D] to [..., D]."""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down((F.gelu(gate) if self._gelu else F.silu(gate)) * up)
-
-
-class Layer(nn.Module):
-    """One block and its MLP, each behind a norm and beside a residual."""
-
-    def __init__(self, block: Block, mlp: GatedMLP | None) -> None:
-        super().__init__()
-        self.norm = RMSNorm(block.d_model)
-        self.block = block
-        self.mlp_norm = RMSNorm(block.d_model) if mlp is not None else None
-        self.mlp = mlp
-
-    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Map x [B,T,D] and a state to the next ones."""
-        y, state = self.block(self.norm(x), state)
-        return self._feed(x + y), state
-
-    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Map one position x_t [B,D]."""
-        y_t, state = self.block.step(self.norm(x_t), state)
-        return self._feed(x_t + y_t), state
-
-    def _feed(self, x: Tensor) -> Tensor:
-        if self.mlp is None or self.mlp_norm is None:
-            return x
-        return x + self.mlp(self.mlp_norm(x))
 
 
 class PositionDecoder(nn.Module):
@@ -207,7 +149,7 @@ class Model(nn.Module):
         self.config = config
         width = config.d_model
         self.embedding = nn.Embedding(config.vocab_size, width // config.tokens_per_position)
-        layers = []
+        layers: list[Layer] = []
         for index, name in enumerate(parse_arch(config.arch, config.n_layers)):
             known = block_options(name)
             block = build_block(
@@ -224,8 +166,15 @@ class Model(nn.Module):
             if kind != "none":
                 ratio = _GELU_FACTOR if kind == "gelu" else config.mlp_ratio
                 hidden = config.mlp_hidden or _hidden(width, ratio)
-                mlp = GatedMLP(width, hidden, gelu=kind == "gelu")
-            layers.append(Layer(block, mlp))
+                mlp = _mlp(config, hidden, gelu=kind == "gelu")
+            if config.conv_on == "all":
+                layers.append(ConvolvedLayer(block, cast(GatedMLP | None, mlp), cast(str, config.conv)))
+            else:
+                layers.append(Layer(block, mlp))
+        if config.experts > 1 and not any(isinstance(layer.mlp, MixtureMLP) for layer in layers):
+            raise ValueError(
+                f"{config.arch!r} has no MLP with outer={config.outer!r}: experts are several MLPs"
+            )
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(width)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -239,18 +188,49 @@ class Model(nn.Module):
             if name.endswith("bias"):
                 no_weight_decay(parameter)
 
-    def forward(self, tokens: Tensor, state: list[State] | None = None) -> tuple[Tensor, list[State]]:
+    @overload
+    def forward(
+        self, tokens: Tensor, state: list[State] | None = ..., *, routing: Literal[False] = ...
+    ) -> tuple[Tensor, list[State]]: ...
+
+    @overload
+    def forward(
+        self, tokens: Tensor, state: list[State] | None = ..., *, routing: Literal[True]
+    ) -> tuple[Tensor, list[State], Routing]: ...
+
+    def forward(
+        self, tokens: Tensor, state: list[State] | None = None, *, routing: bool = False
+    ) -> tuple[Tensor, list[State]] | tuple[Tensor, list[State], Routing]:
         """Read tokens [B,T] (or [B,T,C]).
 
+        Args:
+            tokens: Below ``vocab_size``.
+            state: To continue from, or None.
+            routing: Also tell where the tokens went, in a model with experts.
+
         Returns:
-            Logits [B,T,n_classes], and the state to continue the sequence with: one of each block.
+            Logits [B,T,n_classes], and the state to continue the sequence with: one of each layer. With
+            ``routing`` also the load and the importance of the experts of each layer that has some, [L,E].
         """
         x = self._embed(tokens)
         states = []
+        routes: list[Routing] = []
         for index, layer in enumerate(self.layers):
-            x, new = layer(x, None if state is None else state[index])
+            x, new, route = layer(x, None if state is None else state[index])
             states.append(new)
-        return self.head(self.norm(x)), states
+            if route is not None:
+                routes.append(route)
+        logits = self.head(self.norm(x))
+        if routing:
+            return logits, states, Routing(*(torch.stack(y) for y in zip(*routes, strict=True)))
+        return logits, states
+
+    @property
+    def mixtures(self) -> list[int]:
+        """The layers that have experts, by index."""
+        return [
+            index for index, layer in enumerate(self.layers) if isinstance(cast(Layer, layer).mlp, MixtureMLP)
+        ]
 
     @property
     def blocks(self) -> list[Block]:
@@ -274,11 +254,11 @@ class Model(nn.Module):
 
     def initial_state(self, batch_size: int) -> list[State]:
         """State before the first position, on the device and of the type of the parameters."""
-        return [block.initial_state(batch_size) for block in self.blocks]
+        return [cast(Layer, layer).initial_state(batch_size) for layer in self.layers]
 
     def state_bytes(self, length: int) -> int:
-        """Bytes that one sequence carries after ``length`` positions, measured; the sum over the blocks."""
-        return sum(block.state_bytes(length) for block in self.blocks)
+        """Bytes that one sequence carries after ``length`` positions, measured; the sum over the layers."""
+        return sum(cast(Layer, layer).state_bytes(length) for layer in self.layers)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -297,6 +277,20 @@ def build_model(config: ModelConfig, *, seed: int) -> Model:
 def model_params(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def active_params(model: nn.Module) -> int:
+    """Number of parameters without those of the experts that a token does not go through."""
+    idle = (module.idle_params for module in model.modules() if isinstance(module, MixtureMLP))
+    return model_params(model) - sum(idle)
+
+
+def _mlp(config: ModelConfig, hidden: int, *, gelu: bool) -> GatedMLP | MixtureMLP:
+    if config.experts == 1:
+        return GatedMLP(config.d_model, hidden, gelu=gelu)
+    return MixtureMLP(
+        config.d_model, hidden, gelu=gelu, n_experts=config.experts, per_token=config.experts_per_token
+    )
 
 
 def _hidden(width: int, ratio: float) -> int:

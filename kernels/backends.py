@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OPERATORS = ("gated_memory", "mlstm", "slstm", "short_conv", "dynamic_short_conv", "lstm")
+OPERATORS = ("gated_memory", "mlstm", "slstm", "short_conv", "dynamic_short_conv", "lstm", "experts")
 NAMES = ("reference", "chunked", "fused", "numba", "triton", "fla", "mlstm_kernels", "mamba_ssm")
 """Every backend that some operator has; the last three are packages of other people, used where installed."""
 

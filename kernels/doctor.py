@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels import dynamic_short_conv, gated_memory, mlstm, short_conv, slstm
 from kernels.backends import asked_for
 from kernels.check import errors, flat, gated_memory_inputs, outputs_and_gradients
+from kernels.experts import experts
 from kernels.lstm import lstm
 
 BACKENDS = {
@@ -27,6 +28,7 @@ BACKENDS = {
     "short_conv": ("fused", "triton", "fla"),
     "dynamic_short_conv": ("fused", "triton"),
     "lstm": ("fused",),
+    "experts": ("fused",),
 }
 """What there may be beside the reference."""
 PACKAGES = ("fla", "mamba_ssm", "mlstm_kernels")
@@ -86,6 +88,13 @@ class Finding:
 def tied(**inputs: Any) -> Any:
     """The gated memory with one gate for erase and write."""
     return gated_memory(**inputs, write=inputs["erase"])
+
+
+def routed(x: Tensor, weights: Tensor, **options: Any) -> Tensor:
+    """Experts in turn: token t goes through t, t + 1, ..., modulo their number."""
+    E, k = options["gate_up"].shape[0], weights.shape[-1]
+    turn = torch.arange(x.shape[1], device=x.device)[:, None] + torch.arange(k, device=x.device)
+    return experts(x, weights=weights, chosen=(turn % E).expand(x.shape[0], -1, -1), **options)
 
 
 POINTS: dict[str, tuple[str | None, str | None, str | None]] = {
@@ -161,6 +170,10 @@ def default_cases() -> Iterator[Case]:
         yield Case(operator="slstm", label=f"T {T}, K {K}", run=slstm, inputs=inputs)
     inputs = {"gates": normal(B, 130, 4, 16), "recurrent": normal(4, 16, 16) / 4}
     yield Case(operator="lstm", label="T 130, D 16", run=lstm, inputs=inputs)
+    for E, k, D, F in ((4, 1, 16, 24), (8, 2, 32, 16)):
+        inputs = {"x": normal(B, 130, D), "weights": normal(B, 130, k)}
+        inputs |= {"gate_up": normal(E, 2 * F, D) / D**0.5, "down": normal(D, E, F) / F**0.5}
+        yield Case(operator="experts", label=f"{k} of {E}, D {D}, F {F}", run=routed, inputs=inputs)
     for T, D, W in ((130, 16, 4), (2, 48, 4), (70, 128, 3)):
         inputs = {"x": normal(B, T, D), "weight": normal(W, D), "initial_state": normal(B, W - 1, D)}
         run = partial(short_conv, activation="silu")

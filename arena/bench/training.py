@@ -16,8 +16,7 @@ import torch
 import synthetic_tasks
 from arena.model import ModelConfig
 from arena.training import Replica, TrainConfig
-from arena.training.data import IGNORED, step_lengths, to_device, train_batch
-from arena.training.evaluation import negative_log_likelihood, row_sums
+from arena.training.data import step_lengths, to_device, train_batch
 from arena.training.fleet import _Fleet
 from kernels.backends import recording
 from kernels.bench.timing import machine, synchronise
@@ -190,8 +189,7 @@ def _phases(fleet: _Fleet, step: int, device: str, repeats: int) -> dict[str, fl
         )
         tokens, targets = to_device(tokens, fleet.device), to_device(targets, fleet.device)
         now = done("data", now)
-        nll = negative_log_likelihood(fleet.train_logits(tokens), targets)
-        losses = row_sums(nll) / row_sums(targets != IGNORED).clamp_min(1)
+        losses, _ = fleet.losses(tokens, targets)
         now = done("forward", now)
         grads = fleet.parameters.gradients(losses.sum())
         now = done("backward", now)

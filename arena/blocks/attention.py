@@ -3,8 +3,7 @@
 Official: the attention of Llama (Touvron et al., arXiv 2302.13971): q, k, v and out without bias, RoPE (Su et
 al., arXiv 2104.09864; channel j of the first half of a head turns with channel j of the second), no norm, no
 output gate, no convolution; one given by ``conv`` acts on q, k and v before RoPE, without SiLU (arXiv
-2606.03825), and with ``conv_on="all"`` also on what the map out gives: the paper's convolution after every
-linear map (those of the MLP are not the block's), each with taps made from that map's own input.
+2606.03825).
 Common: the common layer, whose q and k have length 1; their products are scaled by K ** 0.5, so that scores
 reach as far as those of RMS-normed q and k do.
 """
@@ -23,20 +22,20 @@ from kernels.attention import attention, attention_mask
 class Attention(Block):
     """Multi-head attention.
 
-    State: ``k`` and ``v`` [B,S,H,K], the tokens that the next one can see; ``conv`` and ``conv_out``. Without
-    a window S is the number of tokens so far and the keys are turned to their positions. With one, S is at
-    most window - 1 and the keys are kept unturned: positions count from the first of them, for only distances
-    matter.
+    State: ``k`` and ``v`` [B,S,H,K], the tokens that the next one can see; ``conv``. Without a window S is
+    the number of tokens so far and the keys are turned to their positions. With one, S is at most window - 1
+    and the keys are kept unturned: positions count from the first of them, for only distances matter.
 
     Args:
         d_model: D.
         n_heads: H.
         outer: ``"common"`` or ``"official"``.
         conv: Short convolution; None: static in common, none in official.
-        conv_on: ``"qkv"``, or ``"all"``: after the map out too, there without SiLU.
         window: Number of tokens seen, the present one included; None means all.
         rope_theta: Base of the rotary wavelengths, theta^(2 j / K).
     """
+
+    map_out = "out"
 
     def __init__(
         self,
@@ -45,7 +44,6 @@ class Attention(Block):
         n_heads: int,
         outer: str,
         conv: str | None,
-        conv_on: str,
         window: int | None,
         rope_theta: float,
     ) -> None:
@@ -56,10 +54,6 @@ class Attention(Block):
             raise ValueError(f"rope_theta must be above 1, got {rope_theta}")
         common = outer == "common"
         kind = conv or (COMMON.conv if common else "none")
-        if conv_on not in ("qkv", "all"):
-            raise ValueError(f"conv_on must be 'qkv' or 'all', got {conv_on!r}")
-        if conv_on == "all" and kind == "none":
-            raise ValueError("conv_on='all' needs a conv; it is 'none' here")
         self.n_heads = n_heads
         self.head_dim = d_model // n_heads
         self.window = window
@@ -71,7 +65,6 @@ class Attention(Block):
         self.norm = RMSNorm(self.head_dim) if common else None
         self.gate_out = OutputGate(COMMON, d_model, n_heads, self.head_dim) if common else None
         self.out = nn.Linear(d_model, d_model, bias=False)
-        self.conv_out = ShortConv(kind, d_model, [d_model], activation=False) if conv_on == "all" else None
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """See :class:`~arena.blocks.base.Block`."""
@@ -79,13 +72,7 @@ class Attention(Block):
         read = attention(q, k, v, window=self.window, scale=self.scale)
         if self.norm is not None and self.gate_out is not None:
             read = self.norm(read) * self.gate_out(x)
-        read = read.flatten(-2)
-        y = self.out(read)
-        if self.conv_out is not None:
-            y, rows = self.conv_out(y, read, None if state is None else state.get("conv_out"))
-            if rows is not None:
-                after["conv_out"] = rows
-        return y, after
+        return self.out(read.flatten(-2)), after
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -94,10 +81,9 @@ class Attention(Block):
         device, dtype = self._placement(device, dtype)
         empty = torch.zeros(batch_size, 0, self.n_heads, self.head_dim, device=device, dtype=dtype)
         state = {"k": empty, "v": empty.clone()}
-        for name, conv in (("conv", self.conv), ("conv_out", self.conv_out)):
-            if conv is not None and conv.rows:
-                rows = (batch_size, conv.rows, sum(conv.widths))
-                state[name] = torch.zeros(rows, device=device, dtype=dtype)
+        if self.conv.rows:
+            rows = (batch_size, self.conv.rows, sum(self.conv.widths))
+            state["conv"] = torch.zeros(rows, device=device, dtype=dtype)
         return state
 
     def trace(self, x: Tensor, state: State | None = None, *, states: bool = False) -> dict[str, Tensor]:
@@ -157,7 +143,6 @@ def _attention(
     outer: str,
     conv: str | None,
     depth: float,
-    conv_on: str = "qkv",
     rope_theta: float = 10000.0,
 ) -> Block:
     return Attention(
@@ -165,7 +150,6 @@ def _attention(
         n_heads=n_heads,
         outer=outer,
         conv=conv,
-        conv_on=conv_on,
         window=None,
         rope_theta=rope_theta,
     )
@@ -179,7 +163,6 @@ def _swa(
     outer: str,
     conv: str | None,
     depth: float,
-    conv_on: str = "qkv",
     window: int = 64,
     rope_theta: float = 10000.0,
 ) -> Block:
@@ -188,7 +171,6 @@ def _swa(
         n_heads=n_heads,
         outer=outer,
         conv=conv,
-        conv_on=conv_on,
         window=window,
         rope_theta=rope_theta,
     )

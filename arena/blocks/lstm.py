@@ -56,6 +56,8 @@ class OfficialLSTM(LSTM):
 
     mlp = "none"
 
+    map_out = ""
+
     def __init__(self, *, d_model: int, conv: str | None) -> None:
         super().__init__(d_model=d_model, outer="official", conv=conv)
         conv = conv or "none"

@@ -35,6 +35,7 @@ class OfficialMamba2(MemoryBlock):
     """
 
     mlp = "none"
+    map_out = "out"
     scale = 1.0
 
     def __init__(

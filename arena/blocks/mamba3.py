@@ -104,6 +104,7 @@ class OfficialMamba3(Mamba3Memory):
     (arXiv 2605.22791, appendix E.1; the paper's d_state is 128).
     """
 
+    map_out = "out"
     scale = 1.0
 
     def __init__(

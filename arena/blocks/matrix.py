@@ -241,6 +241,8 @@ class MatrixMemoryBlock(MemoryBlock):
         conv: Short convolution in place of the layer's; None keeps it.
     """
 
+    map_out = "out"
+
     def __init__(
         self,
         *,

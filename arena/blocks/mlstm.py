@@ -39,6 +39,7 @@ class OfficialMLSTM(MemoryBlock):
     """
 
     mlp = "none"
+    map_out = "down"
 
     def __init__(self, *, d_model: int, n_heads: int, conv: str | None, n_blocks: int) -> None:
         inner = 2 * d_model

@@ -80,12 +80,21 @@ class ShortConv(nn.Module):
         widths: Channels of each group (q, k and v, say); x has all of them side by side.
         bias: Give a static convolution a bias.
         activation: Apply SiLU.
+        residual: Add x where the kind is static too.
     """
 
     def __init__(
-        self, kind: str, d_in: int, widths: Sequence[int], *, bias: bool = False, activation: bool = True
+        self,
+        kind: str,
+        d_in: int,
+        widths: Sequence[int],
+        *,
+        bias: bool = False,
+        activation: bool = True,
+        residual: bool = False,
     ) -> None:
         super().__init__()
+        self.residual = residual
         self.kind = kind
         self.widths = list(widths)
         self.activation = activation
@@ -119,7 +128,14 @@ class ShortConv(nn.Module):
             y, new = x, None
         elif self.kind == "static":
             activation = "silu" if self.activation else None
-            return short_conv(x, self.weight, bias=self.bias, activation=activation, initial_state=state)
+            return short_conv(
+                x,
+                self.weight,
+                bias=self.bias,
+                activation=activation,
+                residual=self.residual,
+                initial_state=state,
+            )
         else:
             y, new = self._dynamic(x, h, state)
         return (F.silu(y) if self.activation else y), new

@@ -26,6 +26,7 @@ class RecurrentBlock(Block):
 
     memory: tuple[str, ...]
     conv: ShortConv
+    map_out = "out"
 
     def __init__(self, *, d_model: int, n_heads: int, outer: str) -> None:
         super().__init__(d_model)

@@ -60,6 +60,7 @@ class OfficialSLSTM(SLSTM):
     """
 
     mlp = "gelu"
+    map_out = ""
 
     def __init__(self, *, d_model: int, n_heads: int, conv: str | None, depth: float) -> None:
         super().__init__(d_model=d_model, n_heads=n_heads, outer="official", conv=conv, depth=depth)

@@ -64,7 +64,7 @@ def bench_kernels(
     if not 1 <= rounds <= 1000:
         wrong(f"--rounds is a number from 1 to 1000, not {rounds}")
     operators, points = names("--operator", operator), names("--point", point)
-    timed = [name for name in OPERATORS if name != "lstm"]
+    timed = [name for name in OPERATORS if name not in ("lstm", "experts")]
     for option, given, known in (("--operator", operators, timed), ("--point", points, list(POINTS))):
         for name in given:
             if name not in known:

@@ -81,7 +81,7 @@ def true_state(task: Any, tokens: Tensor) -> Label | None:
 def memories(model: nn.Module, tokens: Tensor) -> list[Tensor | None]:
     """The memory of every block after the last token, [B,F] in float64; None where it grows with the length.
 
-    What a block carries is laid side by side, without the rows of its convolution; memories with a stabiliser
+    What a block carries is laid side by side, without the rows of convolutions; memories with a stabiliser
     are those relative to it.
     """
     pieces: list[list[Tensor | None]] = []
@@ -98,7 +98,8 @@ def memories(model: nn.Module, tokens: Tensor) -> list[Tensor | None]:
 
 
 def _flat(state: dict[str, Tensor]) -> Tensor | None:
-    parts = [x.flatten(1).double() for name, x in state.items() if name not in ("conv", "m", "stabiliser")]
+    beside = ("m", "stabiliser", "conv", "conv_out", "conv_up", "conv_down")
+    parts = [x.flatten(1).double() for name, x in state.items() if name not in beside]
     return torch.cat(parts, 1) if parts else None
 
 

@@ -18,6 +18,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     ValidationError,
@@ -29,6 +30,7 @@ from arena.grid.fields import (
     Count,
     Decays,
     ExperimentError,
+    Experts,
     Layers,
     Length,
     LengthRange,
@@ -59,10 +61,18 @@ class ModelSection(Strict):
     """The shared outer layer, or each paper's whole layer."""
     conv: str | None = None
     """The short convolution of every block; absent: the block's own default."""
+    conv_on: Literal["qkv", "all"] | None = None
+    """``all``: ``conv`` also after the block's map out and after every linear map of the MLP."""
     mlp_ratio: Ratio | None = None
     """Hidden width of the MLP over ``d_model``; absent: the model's default."""
     mlp_hidden: Width | None = None
-    """Hidden width of the MLP itself, in place of ``mlp_ratio``."""
+    """Hidden width of the MLP itself, in place of ``mlp_ratio``; of one expert, where there are several."""
+    experts: Experts | None = None
+    """Above 1: every MLP is a mixture of so many."""
+    experts_per_token: Experts | None = None
+    """Experts that a token goes through; absent: 1."""
+    load_balance: NonNegativeFloat | None = None
+    """Coefficient of the load-balance loss; absent: 0.01."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to every block."""
 
@@ -77,8 +87,12 @@ class ModelOverride(Strict):
     n_heads: Width | None = None
     outer: Literal["common", "official"] | None = None
     conv: str | None = None
+    conv_on: Literal["qkv", "all"] | None = None
     mlp_ratio: Ratio | None = None
     mlp_hidden: Width | None = None
+    experts: Experts | None = None
+    experts_per_token: Experts | None = None
+    load_balance: NonNegativeFloat | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -200,7 +214,7 @@ class Experiment(Strict):
     """What the experiment is meant to show or test, in a sentence or two; in a claim file, a table with that
     sentence (:mod:`arena.claims.file`)."""
     archs: Annotated[list[str], Field(min_length=1)]
-    """Names of ``arena list archs``, stacks included (``gdn2+swa``, ``xlstm[1:1]``), and of ``[arms]``."""
+    """Names of ``arena list archs``, stacks (``gdn2+swa[3:1]``, ``xlstm[1:1]``) and names of ``[arms]``."""
     tasks: Annotated[list[TaskSection], Field(min_length=1)]
     seeds: Seeds = Field(default=[0, 1, 2])
     """A number of seeds, or the seeds."""

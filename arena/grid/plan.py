@@ -23,6 +23,9 @@ bound), ``exploit`` (adaptive trials), ``panel`` (sensitivity to the learning ra
 fresh seeds)."""
 TESTED_STAGES = ("grid", "final")
 """The others are measured on split valid alone, so that nothing can be chosen on test."""
+LATER_FIELDS = ("mlp_hidden", "conv_on", "experts", "experts_per_token", "load_balance")
+"""Fields of the model that came after the first results: at their defaults they are absent from a run's
+configuration, so that ids from before them stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +211,8 @@ def plan_settings(experiment: Experiment, *, device: str = "cpu") -> list[Settin
         same: dict[str, str] = {}
         for arm in experiment.archs:
             model, backend = _model(experiment, arm, entry, task, device)
-            twin = same.setdefault(canonical(_plain(model)), arm)
+            blocks = parse_arch(model["arch"], model["n_layers"])  # gdn2+swa is gdn2+swa[1:1]
+            twin = same.setdefault(canonical(_plain({**model, "arch": blocks})), arm)
             if twin != arm:
                 raise ExperimentError(
                     f"{twin!r} and {arm!r} are the same model on task {entry.name!r}: leave one out"
@@ -371,6 +375,7 @@ def _model(
         raise ExperimentError(text if repr(arm) in text else f"{what} {arm!r}: {text}") from None
     backend = " ".join(f"{operator}={name}" for operator, name in sorted(used.items())) or "torch"
     fields = {**asdict(config), "options": dict(config.options)}
-    if config.mlp_hidden is None:  # a later field: absent, so that ids from before it stay
-        del fields["mlp_hidden"]
+    for name in LATER_FIELDS:
+        if fields[name] == getattr(ModelConfig, name):
+            del fields[name]
     return fields, backend

@@ -38,6 +38,7 @@ ROW_SCHEMA: dict[str, Any] = {
     "chance": pl.Float64,
     "n_examples": pl.Int64,
     "params": pl.Int64,
+    "active_params": pl.Int64,
     "state_bytes": pl.Int64,
     "steps": pl.Int64,
     "train_tokens": pl.Int64,
@@ -58,12 +59,12 @@ ROW_SCHEMA: dict[str, Any] = {
 """Columns of the result table. ``arm`` is the name that reports group by: an arm's or the architecture's;
 ``stage`` is one of ``arena.grid.plan.STAGES``; ``space`` is the hash of the search space that a tuned run's
 point is from; ``verdict`` is ``ok-`` or ``wrong-`` and a hash of what ``arena doctor`` found in the run's
-environment (null: it had not been examined). ``model_params`` and
-``task_params`` are canonical JSON; ``reported`` tells a result (at a length of ``eval_lengths``) from what
-tuning may look at; ``chance`` is the score of an uninformed guess; ``state_bytes`` is what one sequence of
-``eval_length`` carries; ``status`` is ``done``, ``diverged`` or ``failed`` (then ``value`` is null and
-``reason`` says why); ``version`` lists the result versions; ``environment`` is a digest of the run's
-environment.json."""
+environment (null: it had not been examined). ``model_params`` and ``task_params`` are canonical JSON;
+``reported`` tells a result (at a length of ``eval_lengths``) from what tuning may look at; ``chance`` is the
+score of an uninformed guess; ``active_params`` are the parameters without the experts that a token does not
+go through; ``state_bytes`` is what one sequence of ``eval_length`` carries; ``status`` is ``done``,
+``diverged`` or ``failed`` (then ``value`` is null and ``reason`` says why); ``version`` lists the result
+versions; ``environment`` is a digest of the run's environment.json."""
 
 CURVE_SCHEMA: dict[str, Any] = {
     **{key: ROW_SCHEMA[key] for key in ("run_id", "arch", "arm", "task", "task_params", "seed")},

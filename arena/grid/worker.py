@@ -71,6 +71,7 @@ def run_files(run: Run, fleet_id: str, result: Any, around: Mapping[str, Any]) -
         "experiment": run.experiment,
         "fleet_id": fleet_id,
         "params": result.params,
+        "active_params": result.active_params,
         "state_bytes": result.state_bytes,
         "steps": result.steps,
         "train_tokens": result.train_tokens,

@@ -275,10 +275,11 @@ def _ledger(ledger: pl.DataFrame, context: Context) -> Section | None:
     for row in context.ordered(ledger):
         ms = row["ms_per_step"]
         deviation = row["deviation"]
+        active = row.get("active_params", row["params"])  # absent from older ledgers
         rows.append(
             [
                 *context.heads(row),
-                f"{row['params']:,}",
+                f"{row['params']:,}" + (f" ({active:,} active)" if active != row["params"] else ""),
                 f"{row['state_bytes']:,}" + (" (grows)" if row["state_grows"] else ""),
                 f"{row['flops_per_token']:,.0f}",
                 f"{ms:.2f}" if ms is not None else "-",

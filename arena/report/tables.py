@@ -29,7 +29,8 @@ def scores(rows: pl.DataFrame) -> pl.DataFrame:
     Split ``test``, and ``train`` where a task's sequences of that length are so few that training may have
     met them all; split ``valid`` is no result.
     """
-    kept = rows.filter(pl.col("reported"), pl.col("status") != "failed")
+    measured = ("accuracy", "chance_scaled_accuracy", "sequence_accuracy", "loss")
+    kept = rows.filter(pl.col("reported"), pl.col("status") != "failed", pl.col("metric").is_in(measured))
     wide = kept.pivot(
         on="metric",
         index=[*CELL, "seed", "run_id", "status", "state_bytes"],
@@ -37,7 +38,7 @@ def scores(rows: pl.DataFrame) -> pl.DataFrame:
         aggregate_function="first",
     )
     chance = kept.filter(metric="accuracy").select("run_id", "split", "eval_length", "chance")
-    for name in ("accuracy", "chance_scaled_accuracy", "sequence_accuracy", "loss"):
+    for name in measured:
         if name not in wide.columns:
             wide = wide.with_columns(pl.lit(None, dtype=pl.Float64).alias(name))
     wide = wide.join(chance, on=["run_id", "split", "eval_length"], how="left")

@@ -140,7 +140,7 @@ class ReplicaResult:
     curve: list[dict[str, Any]] = field(default_factory=list)
     """Learning curve: rows with step, split, eval_length, metric, value, chance, n_examples. Beside the
     valid rows each point has one row of split train, metric loss, eval_length None: the mean loss of the
-    steps since the point before."""
+    steps since the point before; with experts also their mean ``balance_loss`` (mean over the layers)."""
     final: list[dict[str, Any]] = field(default_factory=list)
     """Final rows: split, eval_length, metric, value, chance, n_examples, state_bytes (of one sequence of
     that length). Where the task's space is exhaustible at a length the split is train: such a length is
@@ -151,6 +151,8 @@ class ReplicaResult:
     """Its share of the fleet's seconds: the fleet's wall time over the number of replicas."""
     params: int = 0
     """Number of parameters."""
+    active_params: int = 0
+    """Those without the experts that a token does not go through."""
     state_bytes: int = 0
     """Bytes that the model carries for one sequence after the longest training length."""
     train_tokens: int = 0

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arena.mlp import Routing
 from arena.training.config import METRICS, TrainConfig
 from arena.training.data import IGNORED, to_device
 
-Forward = Callable[[Tensor], Tensor]
-"""Tokens [N,T] shared by the replicas -> logits [R,N,T,classes]."""
+Forward = Callable[[Tensor], tuple[Tensor, Routing | None]]
+"""Tokens [N,T] shared by the replicas -> logits [R,N,T,classes], and where experts are, their load and
+importance, [R,L,E] over L layers."""
 Row = dict[str, Any]
 
 # Positions of a piece, in training batches: without gradients it needs no more memory than a training step.
@@ -53,12 +55,17 @@ def evaluate(
     lengths: Sequence[int],
     device: torch.device,
     n_replicas: int,
+    mixtures: Sequence[int] = (),
 ) -> list[list[Row]]:
     """Measure every replica at every length.
 
     The examples are samples 0 .. ``eval_examples`` - 1 of seed ``data_seed``, in pieces of about as many
     positions as a few training batches have. At a length whose space of sequences is exhaustible the rows are
     labelled train: all of that space may have been trained on.
+
+    Where there are experts, in the layers ``mixtures``, also ``balance_loss`` (E sum_e f_e P_e over all the
+    positions, mean over the layers: 1 is even, E is all in one) and a row for each ``expert_load[layer,
+    expert]``, f_e.
 
     Returns:
         For each replica its rows: split, eval_length, metric, value, chance, n_examples. Metrics: ``loss``
@@ -73,6 +80,7 @@ def evaluate(
         # Columns: loss, correct positions, scored positions, correct sequences. Sums of integers in float64
         # are exact, so that only the loss could depend on the size of the pieces.
         totals = torch.zeros(n_replicas, 4, dtype=torch.float64, device=device)
+        routes: list[tuple[Tensor, Tensor]] = []
         # Pieces of a multiple of 16 positions: vectorised loops of torch round what is left over otherwise.
         unit = 16 // math.gcd(16, length)
         piece = max(1, budget // (length * unit)) * unit
@@ -82,7 +90,9 @@ def evaluate(
                 batch_size=size, length=length, seed=config.data_seed, index=index, split=split
             )
             targets = to_device(batch.targets, device).expand(n_replicas, -1, -1)
-            logits = forward(to_device(batch.tokens, device))
+            logits, routing = forward(to_device(batch.tokens, device))
+            if routing is not None:
+                routes.append((routing.load.double() * size, routing.importance.double() * size))
             nll = negative_log_likelihood(logits, targets)
             scored = targets != IGNORED
             right = scored & (logits.argmax(-1) == targets) & nll.isfinite()
@@ -95,6 +105,11 @@ def evaluate(
             scored_sum = max(scored_sum, 1.0)
             measured = (loss_sum / scored_sum, correct / scored_sum, sequences / config.eval_examples)
             rows[replica] += make_rows(label, length, chance, config.eval_examples, *measured)
+        if routes:
+            over = Routing(*(torch.stack(y).sum(0) / config.eval_examples for y in zip(*routes, strict=True)))
+            for replica in range(n_replicas):
+                one = Routing(over.load[replica], over.importance[replica])
+                rows[replica] += _routing_rows(label, length, config.eval_examples, one, mixtures)
     return rows
 
 
@@ -114,6 +129,16 @@ def make_rows(
         }
         for metric, value in zip(METRICS, (loss, accuracy, scaled, sequences), strict=True)
     ]
+
+
+def _routing_rows(
+    split: str, length: int, n_examples: int, routing: Routing, mixtures: Sequence[int]
+) -> list[Row]:
+    values = {"balance_loss": float(routing.imbalance.mean())}
+    for layer, loads in zip(mixtures, routing.load.tolist(), strict=True):
+        values |= {f"expert_load[{layer},{expert}]": load for expert, load in enumerate(loads)}
+    same = {"split": split, "eval_length": length, "chance": None, "n_examples": n_examples}
+    return [{**same, "metric": metric, "value": value} for metric, value in values.items()]
 
 
 def worst_rows(task: Any, config: TrainConfig, *, split: str, lengths: Sequence[int]) -> list[Row]:

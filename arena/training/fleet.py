@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
 
-from arena.model import ModelConfig, build_model, model_params
+from arena.mlp import Routing
+from arena.model import Model, ModelConfig, active_params, build_model, model_params
 from arena.training.config import FleetOutOfMemory, Replica, ReplicaResult, TrainConfig
 from arena.training.data import IGNORED, check_measurable, step_lengths, to_device, train_batch, valid_lengths
-from arena.training.evaluation import Row, evaluate, negative_log_likelihood, row_sums, worst_rows
+from arena.training.evaluation import Forward, Row, evaluate, negative_log_likelihood, row_sums, worst_rows
 from arena.training.optimiser import FlatParameters, FleetAdamW
 
 
@@ -119,6 +120,7 @@ class _Fleet:
         self.taken = torch.zeros(len(replicas), dtype=torch.int64, device=device)
         self.diverged = torch.zeros_like(self.active)
         self.loss_sum = torch.zeros(len(replicas), device=device)
+        self.balance_sum = torch.zeros_like(self.loss_sum)
         self.last_point = 0
         self.curves: list[list[Row]] = [[] for _ in replicas]
         self.last_valid: list[list[Row]] = [[] for _ in replicas]
@@ -129,16 +131,25 @@ class _Fleet:
         tokens, targets = train_batch(
             self.task, self.seeds, step=step, batch_size=size, length=self.lengths[step]
         )
-        targets = to_device(targets, self.device)
-        nll = negative_log_likelihood(self.train_logits(to_device(tokens, self.device)), targets)
-        losses = row_sums(nll) / row_sums(targets != IGNORED).clamp_min(1)
-        grads = self.parameters.gradients(losses.sum())
-        losses = losses.detach()
-        stepped = self.optimiser.step(step, grads, losses, self.active)
+        losses, balance = self.losses(to_device(tokens, self.device), to_device(targets, self.device))
+        total = losses if balance is None else losses + self.template.config.load_balance * balance
+        grads = self.parameters.gradients(total.sum())
+        stepped = self.optimiser.step(step, grads, total.detach(), self.active)
         self.diverged |= self.active & ~stepped
         self.active = stepped
         self.taken += stepped
-        self.loss_sum += torch.where(stepped, losses, 0.0)
+        self.loss_sum += torch.where(stepped, losses.detach(), 0.0)
+        if balance is not None:
+            self.balance_sum += torch.where(stepped, balance.detach(), 0.0)
+
+    def losses(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of each replica on its own batch [R,B,T]: the mean negative log-likelihood [R], and the sum of the
+        load-balance losses of its layers [R] where there are experts.
+        """
+        logits, routing = self.train_logits(tokens)
+        nll = negative_log_likelihood(logits, targets)
+        losses = row_sums(nll) / row_sums(targets != IGNORED).clamp_min(1)
+        return losses, None if routing is None else routing.imbalance.sum(-1)
 
     def measure(self, split: str) -> list[list[Row]]:
         """Rows of every replica at the lengths of a split."""
@@ -150,6 +161,7 @@ class _Fleet:
             lengths=self.valid if split == "valid" else self.config.eval_lengths,
             device=self.device,
             n_replicas=len(self.replicas),
+            mixtures=self.template.mixtures,
         )
 
     def curve_point(self, done: int) -> bool:
@@ -157,22 +169,29 @@ class _Fleet:
         rows = self.measure("valid")
         going = self.active.tolist()
         lost = [False] * len(going)
-        means = (self.loss_sum / (done - self.last_point)).tolist()
+        steps, layers = done - self.last_point, self.template.mixtures
+        sums = {"loss": self.loss_sum}
+        if layers:
+            sums["balance_loss"] = self.balance_sum / len(layers)
+        means = {metric: (value / steps).tolist() for metric, value in sums.items()}
         for index in (index for index, on in enumerate(going) if on):
             value = {(row["metric"], row["eval_length"]): row["value"] for row in rows[index]}
             if not all(math.isfinite(value["loss", length]) for length in self.valid):
                 lost[index] = True
                 going[index] = False
                 continue
-            train_row = {
-                "split": "train",
-                "eval_length": None,
-                "metric": "loss",
-                "value": means[index],
-                "chance": None,
-                "n_examples": (done - self.last_point) * self.config.batch_size,
-            }
-            self.curves[index] += [{"step": done, **row} for row in (train_row, *rows[index])]
+            train_rows = [
+                {
+                    "split": "train",
+                    "eval_length": None,
+                    "metric": metric,
+                    "value": mean[index],
+                    "chance": None,
+                    "n_examples": steps * self.config.batch_size,
+                }
+                for metric, mean in means.items()
+            ]
+            self.curves[index] += [{"step": done, **row} for row in (*train_rows, *rows[index])]
             self.last_valid[index] = rows[index]
             stop_at = self.config.stop_at
             if stop_at is not None:
@@ -180,6 +199,7 @@ class _Fleet:
         self.diverged |= torch.tensor(lost, device=self.device)
         self.active = torch.tensor(going, device=self.device)
         self.loss_sum.zero_()
+        self.balance_sum.zero_()
         self.last_point = done
         return any(going)
 
@@ -206,6 +226,7 @@ class _Fleet:
                     state_dict={**self.parameters.row(index), **buffers},
                     wall_s=wall_s,
                     params=model_params(self.template),
+                    active_params=active_params(self.template),
                     state_bytes=self.state_bytes[self.config.train_lengths[1]],
                     train_tokens=self.config.batch_size * sum(self.lengths[:steps]),
                 )
@@ -226,13 +247,19 @@ def _train(fleet: _Fleet, on_step: Callable[[int], None] | None) -> list[Replica
     return fleet.results(started)
 
 
-def _forwards(
-    template: nn.Module, parameters: FlatParameters
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Logits of all replicas: from tokens of their own [R,B,T], and from tokens that they share [B,T]."""
+def _forwards(template: Model, parameters: FlatParameters) -> tuple[Forward, Forward]:
+    """Forward of all replicas: over tokens of their own [R,B,T], and over tokens that they share [B,T]."""
+    mixed = bool(template.mixtures)
 
-    def one(named: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        return functional_call(template, named, (tokens,))[0]
+    def one(named: dict[str, Tensor], tokens: Tensor) -> tuple[Tensor, ...]:
+        found = functional_call(template, named, (tokens,), {"routing": mixed})
+        return (found[0], *found[2]) if mixed else (found[0],)
 
-    own, shared = vmap(one), vmap(one, in_dims=(0, None))
-    return lambda tokens: own(parameters.named, tokens), lambda tokens: shared(parameters.named, tokens)
+    def forward(mapped: Callable[..., tuple[Tensor, ...]]) -> Forward:
+        def run(tokens: Tensor) -> tuple[Tensor, Routing | None]:
+            logits, *routing = mapped(parameters.named, tokens)
+            return logits, Routing(*routing) if mixed else None
+
+        return run
+
+    return forward(vmap(one)), forward(vmap(one, in_dims=(0, None)))

@@ -17,6 +17,7 @@ SCHEMA: dict[str, Any] = {
     "task_params": pl.String,
     "arm": pl.String,
     "params": pl.Int64,
+    "active_params": pl.Int64,
     "state_bytes": pl.Int64,
     "state_grows": pl.Boolean,
     "flops_per_token": pl.Float64,
@@ -28,11 +29,11 @@ SCHEMA: dict[str, Any] = {
     "n_heads": pl.Int64,
     "mlp_hidden": pl.Int64,
 }
-"""``state_bytes``: of one sequence at the longest training length; ``state_grows``: it grows with the length,
-so it is exempt from ``match = "state"``; ``flops_per_token``: of a forward pass there
-(``arena.tuning.flops``); ``ms_per_step``: of one run, as its share of a small fleet; ``deviation``: relative,
-of the matched quantity from the reference (parameters from the median, where nothing is matched);
-``matched``: it is within the tolerance."""
+"""``active_params``: without the experts that a token does not go through; ``state_bytes``: of one sequence
+at the longest training length; ``state_grows``: it grows with the length, so it is exempt from ``match =
+"state"``; ``flops_per_token``: of a forward pass there (``arena.tuning.flops``); ``ms_per_step``: of one run,
+as its share of a small fleet; ``deviation``: relative, of the matched quantity from the reference (parameters
+from the median, where nothing is matched); ``matched``: it is within the tolerance."""
 
 
 def ledger_table(
@@ -46,15 +47,17 @@ def ledger_table(
         seconds: index of a setting -> seconds of a step of one run.
     """
     rows = []
+    measured = ("params", "active_params", "state", "flops")
     for index, setting in enumerate(settings):
         model, length = setting.shared["model"], setting.train.train_lengths[1]
-        values = {name: model_quantity(name, length).measure(model) for name in ("params", "state", "flops")}
+        values = {name: model_quantity(name, length).measure(model) for name in measured}
         rows.append(
             {
                 "task": setting.shared["task"]["name"],
                 "task_params": canonical(setting.shared["task"]["params"]),
                 "arm": setting.arm,
                 "params": int(values["params"]),
+                "active_params": int(values["active_params"]),
                 "state_bytes": int(values["state"]),
                 "state_grows": state_grows(model, length),
                 "flops_per_token": float(values["flops"]),
@@ -89,7 +92,8 @@ def ledger_lines(ledger: pl.DataFrame) -> list[str]:
         flag = "" if row["matched"] else " UNMATCHED"
         if row["match"] == "state" and row["state_grows"]:
             flag = "; its state grows: exempt"
-        sizes = f"{row['params']:,} parameters, {row['state_bytes']:,} state bytes"
+        active = f" ({row['active_params']:,} active)" if row["active_params"] != row["params"] else ""
+        sizes = f"{row['params']:,} parameters{active}, {row['state_bytes']:,} state bytes"
         sizes += " (growing)" if row["state_grows"] else ""
         costs = f"{row['flops_per_token']:,.0f} FLOPs a token, {row['ms_per_step']:.2f} ms a step"
         lines.append(f"ledger: {row['arm']} on {row['task']}: {sizes}, {costs}{deviation}{flag}")

@@ -38,14 +38,16 @@ class Quantity:
 
 
 def model_quantity(name: str, length: int) -> Quantity:
-    """Parameters, FLOPs a token or state bytes at a length, of a model's configuration."""
-    from arena.model import ModelConfig, build_model, model_params
+    """Parameters, all or active, FLOPs a token or state bytes at a length, of a model's configuration."""
+    from arena.model import ModelConfig, active_params, build_model, model_params
 
     def measure(model: Mapping[str, Any]) -> float:
         config = ModelConfig(**model)
         if name == "flops":
             return flops_per_token(config, length)
         built = build_model(config, seed=0)
+        if name == "active_params":
+            return active_params(built)
         return model_params(built) if name == "params" else built.state_bytes(length)
 
     return Quantity(name, measure)

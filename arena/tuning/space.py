@@ -28,8 +28,8 @@ EDGE = 0.1
 ROOM = 0.5
 """An extension adds half of the (log) width of the range beyond the bound."""
 _SCALES = {"lr": "log", "weight_decay": "linear", "warmup": "linear", "beta2": "gap", "clip": "log"}
-_WIDTHS = ("d_model", "n_layers", "n_heads", "mlp_ratio", "mlp_hidden")
-_FIELDS = ("conv", *_WIDTHS)
+_WIDTHS = ("d_model", "n_layers", "n_heads", "mlp_ratio", "mlp_hidden", "experts", "experts_per_token")
+_FIELDS = ("conv", "conv_on", "load_balance", *_WIDTHS)
 
 Side = Literal["low", "high"]
 Edge = tuple[str, Side]

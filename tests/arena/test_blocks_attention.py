@@ -107,40 +107,6 @@ def test_every_convolution_joins_halves(name, conv):
         torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("conv", ["static", "dynamic-lowrank", "dynamic-headwise", "gate"])
-def test_a_convolution_after_every_map(conv):
-    block, x = make(conv=conv, conv_on="all"), tokens(7)
-    whole, end = block(x)
-    first, state = block(x[:, :3])
-    second, _ = block(x[:, 3:], state)
-    torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=1e-10, rtol=1e-10)
-    assert ("conv_out" in end) == (conv != "gate")
-    assert {key: v.shape[2:] for key, v in block.initial_state(2).items()} == {
-        k: v.shape[2:] for k, v in end.items()
-    }
-    # by hand from what the map out reads and gives, token by token
-    read = block.trace(x)["read"].flatten(-2)
-    raw, p = read @ block.out.weight.T, dict(block.conv_out.named_parameters())
-    want = torch.zeros_like(raw)
-    for t in range(7):
-        for j in range(min(t + 1, 1 if conv == "gate" else 4)):
-            taps = p["weight"][j].expand(2, D)
-            if conv in ("dynamic-lowrank", "gate"):
-                taps = taps + (read[:, t] @ p["down.weight"].T) @ p["up"][:, j]
-            elif conv == "dynamic-headwise":
-                made = (read[:, t] @ p["filters.weight"].T).unflatten(-1, (4, -1))[:, j]
-                taps = taps + made.repeat_interleave(D // made.shape[1], 1)
-            want[:, t] += taps * raw[:, t - j]
-    torch.testing.assert_close(whole, want if conv == "static" else raw + want, atol=1e-10, rtol=1e-10)
-
-
-def test_where_a_convolution_cannot_go():
-    with pytest.raises(ValueError, match="conv_on must be 'qkv' or 'all'"):
-        make(conv="static", conv_on="out")
-    with pytest.raises(ValueError, match="needs a conv"):
-        make("swa", conv_on="all")
-
-
 def test_trace_explains_the_output():
     for block in (make(), make("swa", "common", window=3)):
         x = tokens(6)

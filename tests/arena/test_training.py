@@ -313,7 +313,7 @@ def noisy_logits(tokens: torch.Tensor, n_replicas: int) -> torch.Tensor:
 def test_metrics_against_a_loop_over_sequences():
     task, config = Toy(), train_config(eval_examples=23, batch_size=2, data_seed=4)
     rows = evaluate(
-        lambda tokens: noisy_logits(tokens, 3),
+        lambda tokens: (noisy_logits(tokens, 3), None),
         task,
         config,
         split="test",
@@ -346,7 +346,7 @@ def test_metrics_against_a_loop_over_sequences():
 
 def test_exhaustible_length_is_not_reported_as_test():
     rows = evaluate(
-        lambda tokens: noisy_logits(tokens, 1),
+        lambda tokens: (noisy_logits(tokens, 1), None),
         Toy(),
         train_config(eval_examples=3),
         split="test",

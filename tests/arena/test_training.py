@@ -359,7 +359,7 @@ def test_exhaustible_length_is_not_reported_as_test():
 
 def test_answers_that_are_not_finite_are_wrong():
     rows = evaluate(
-        lambda tokens: torch.full((1, *tokens.shape, 2), math.nan),
+        lambda tokens: (torch.full((1, *tokens.shape, 2), math.nan), None),
         Toy(),
         train_config(eval_examples=8),
         split="test",

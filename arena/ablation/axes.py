@@ -7,6 +7,7 @@ the dial of ``coupling``. A point is one level on every axis.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -68,6 +69,9 @@ AXES: dict[str, AxisInfo] = {
     ),
     "normaliser": AxisInfo(levels=get_args(Normaliser), help="What a read is divided by."),
     "qk_map": AxisInfo(levels=get_args(QKMap), help="Normalisation of queries and keys."),
+    "micro_steps": AxisInfo(
+        levels=tuple(float(n) for n in range(1, 9)), help="Updates of the memory a token, DeltaProduct's n."
+    ),
     "conv": AxisInfo(levels=CONVS, help="Short convolution on q, k and v."),
     "output_gate": AxisInfo(levels=("silu", "sigmoid", "none"), help="Factor on what a head reads."),
 }
@@ -167,6 +171,7 @@ def levels_of(spec: GateSpec, conv: str, output_gate: str) -> Levels:
         "coupling": spec.coupling if spec.dial is None else float(spec.dial),
         "normaliser": spec.normaliser,
         "qk_map": spec.qk_map,
+        "micro_steps": float(spec.micro_steps),
         "conv": conv,
         "output_gate": output_gate,
     }
@@ -211,6 +216,7 @@ def spec_of(levels: Levels, base: GateSpec) -> GateSpec:
     fields["signed"] = levels["decay_sign"] == "signed"
     fields["decay_form"] = base.decay_form if levels["decay_form"] == IDLE else levels["decay_form"]
     fields["erase_range"] = 1 if levels["erase_range"] == IDLE else int(float(levels["erase_range"]))
+    fields["micro_steps"] = int(float(levels["micro_steps"]))
     fields["erase"], fields["erase_value"] = _frozen(erase)
     fields["write"], fields["write_value"] = _frozen(write)
     fields["coupling"], fields["dial"] = (coupling, None) if isinstance(coupling, str) else ("dial", coupling)
@@ -236,6 +242,10 @@ def named(spec: GateSpec) -> str | None:
 
     Where only the range that A starts in is another one (GDN's is (0, 16)), the name says so.
     """
+    if spec.micro_steps > 1:
+        found = re.fullmatch(r"(deltanet|gdn)((-neg)?(,.*)?)", named(spec.replace(micro_steps=1)) or "")
+        family = {"deltanet": "deltaproduct", "gdn": "gdnproduct"}
+        return found and f"{family[found[1]]}[{spec.micro_steps}]{found[2]}"
     for name, known in NAMED.items():
         if spec == known:
             return name

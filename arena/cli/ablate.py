@@ -45,6 +45,9 @@ def ablate(
     ] = None,
     normaliser: Annotated[str | None, typer.Option(help="none, max_abs, sum.")] = None,
     qk_map: Annotated[str | None, typer.Option(help="l2, none, elu1.")] = None,
+    micro_steps: Annotated[
+        str | None, typer.Option(help="1 to 8: updates of the memory a token, DeltaProduct's n.")
+    ] = None,
     conv: Annotated[
         str | None, typer.Option(help="none, static, dynamic-lowrank, dynamic-headwise, gate.")
     ] = None,
@@ -86,6 +89,7 @@ def ablate(
         "coupling": coupling,
         "normaliser": normaliser,
         "qk_map": qk_map,
+        "micro_steps": micro_steps,
         "conv": conv,
         "output_gate": output_gate,
     }

@@ -186,6 +186,7 @@ class AblationSection(Strict):
     coupling: AxisLevels = Field(default_factory=list)
     normaliser: AxisLevels = Field(default_factory=list)
     qk_map: AxisLevels = Field(default_factory=list)
+    micro_steps: AxisLevels = Field(default_factory=list)
     conv: AxisLevels = Field(default_factory=list)
     output_gate: AxisLevels = Field(default_factory=list)
 

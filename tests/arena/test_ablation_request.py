@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from arena.ablation.axes import AXES, completed, levels_of, parse_level, spec_of, wanted_points
+from arena.ablation.axes import AXES, completed, levels_of, named, parse_level, spec_of, wanted_points
 from arena.ablation.request import ablation_request, plan_ablation
 from arena.grid.experiment import AblationSection, ExperimentError, load_experiment, parse_experiment
 from arena.grid.plan import plan_runs
@@ -224,3 +224,22 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     assert changed.ablation.preset == ["left-out"]
     assert changed.ablation.axes == {"erase": ["mean"], "conv": ["none"]}
     assert changed.name == "mine" and ablation_request(str(path), seeds=2).tuning.report_seeds == [1000, 1001]
+
+
+def test_micro_steps_are_an_axis():
+    found = planned("deltanet-neg", micro_steps=[1, 2, 3], coupling=["tied", "free"])
+    assert arms(found)["deltanet-neg micro_steps=2"] == {"micro_steps": 2}
+    assert arms(found)["deltanet-neg coupling=free micro_steps=3"] == {"micro_steps": 3, "coupling": "free"}
+    assert named(spec_of(found.levels["deltanet-neg micro_steps=3"], NAMED["deltanet"])) == (
+        "deltaproduct[3]-neg"
+    )
+    assert list(arms(planned("gdnproduct[4]", micro_steps=[1, 2]))) == [
+        "gdnproduct[4] micro_steps=1",
+        "gdnproduct[4] micro_steps=2",
+    ]
+    assert named(NAMED["gdn"].replace(micro_steps=4)) == "gdnproduct[4]"
+    assert named(NAMED["kda"].replace(micro_steps=4)) is None
+    step = planned("gdn", coupling=["step", "tied"], erase=["none", "scalar"], micro_steps=[1, 2])
+    assert "takes one micro-step" in step.left_out["gdn erase=none coupling=step micro_steps=2"]
+    with pytest.raises(ExperimentError, match="axis 'micro_steps' has no level 9; known: 1, 2"):
+        planned("gdn", micro_steps=[9])

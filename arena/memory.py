@@ -273,13 +273,20 @@ TRACE_FIELDS: dict[str, TraceField] = {
     "cell": TraceField("B T H V", "1", "cell of a scalar memory after the token"),
     "attention": TraceField("B H T S", "1", "weight of token S in the read of token T; rows sum to 1"),
     "state": TraceField("B T H K V", "1", "matrix memory after the token"),
+    "update_token": TraceField("B U", "1", "first token that is read with an update of weights (TTT-E2E)"),
+    "update_norm": TraceField("B U", "1", "Frobenius norm of an update of a layer's weights"),
+    "update_drift": TraceField("B U", "1", "distance of a layer's weights after it from their start"),
+    "inner_loss_before": TraceField("B U", "nat", "next-token loss of the mini-batch before its update"),
+    "inner_loss_after": TraceField("B U", "nat", "the same after the update of all layers"),
 }
 """Name -> axes, unit, meaning. K|1 stands for a gate per channel or one per head; sizes of 1 are kept.
 
 M = T * ``Block.micro_steps``: the updates of the memory, those of a token one after the other. M is T for a
 block with one micro-step a token, as are all but DeltaProduct, RWKV-7 and Mamba-3. A decay stands at a
 token's first micro-step; at the others it is 1. An angle stands with the decay, P <= K/2 of them: D_t R_t is
-in the place of D_t, R_t the rotation that takes channel 2 i towards 2 i + 1."""
+in the place of D_t, R_t the rotation that takes channel 2 i towards 2 i + 1.
+
+U: the updates that the tokens set off."""
 
 
 def state_bytes(state: Mapping[str, Tensor]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from arena.blocks import Block, block_options, build_block
 from arena.blocks.base import State, no_weight_decay
 from arena.blocks.outer import RMSNorm
-from arena.blocks.registry import near
+from arena.blocks.registry import model_names, near
 from arena.layer import ConvolvedLayer, Layer
 from arena.mlp import GatedMLP, MixtureMLP, Routing
 from arena.stack import arch_names as arch_names
@@ -165,7 +165,7 @@ class Model(nn.Module):
             mlp = None
             if kind != "none":
                 ratio = _GELU_FACTOR if kind == "gelu" else config.mlp_ratio
-                hidden = config.mlp_hidden or _hidden(width, ratio)
+                hidden = config.mlp_hidden or hidden_width(width, ratio)
                 mlp = _mlp(config, hidden, gelu=kind == "gelu")
             if config.conv_on == "all":
                 layers.append(ConvolvedLayer(block, cast(GatedMLP | None, mlp), cast(str, config.conv)))
@@ -260,6 +260,9 @@ class Model(nn.Module):
         """Bytes that one sequence carries after ``length`` positions, measured; the sum over the layers."""
         return sum(cast(Layer, layer).state_bytes(length) for layer in self.layers)
 
+    def before_step(self, step: int, steps: int) -> None:
+        """Called before training step ``step`` of ``steps``, for models that keep a schedule of their own."""
+
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         return x if self.config.tokens_per_position == 1 else x.flatten(-2)
@@ -271,6 +274,10 @@ def build_model(config: ModelConfig, *, seed: int) -> Model:
         torch.default_generator.manual_seed(
             seed
         )  # torch.manual_seed would also seed the GPU, which is not forked
+        if config.arch in model_names():
+            from arena.ttt import TTTModel
+
+            return TTTModel(config)
         return Model(config)
 
 
@@ -293,6 +300,6 @@ def _mlp(config: ModelConfig, hidden: int, *, gelu: bool) -> GatedMLP | MixtureM
     )
 
 
-def _hidden(width: int, ratio: float) -> int:
+def hidden_width(width: int, ratio: float) -> int:
     """Hidden width: ``ratio * width`` to the nearest multiple of 8, at least 8."""
     return max(8, round(ratio * width / 8) * 8)

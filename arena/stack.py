@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from arena.blocks import block_names
-from arena.blocks.registry import name_error, near
+from arena.blocks.registry import model_names, name_error, near
 
 _XLSTM = re.compile(r"xlstm\[(\d+):(\d+)\]")
 _HYBRID = re.compile(r"(.+?)(?:\[(?:(\d+):(\d+)|([^\d\[\]][^\[\]]*))\])?")
@@ -18,13 +18,13 @@ def arch_names() -> list[str]:
 
     A family of blocks is there once: ``deltaproduct[2]`` for ``deltaproduct[n]``.
     """
-    return sorted([*block_names(), "xlstm[1:1]"])
+    return sorted([*block_names(), *model_names(), "xlstm[1:1]"])
 
 
 def parse_arch(arch: str, n_layers: int) -> list[str]:
     """Block names of a stack, one a layer.
 
-    - A plain name: that block in every layer.
+    - A plain name: that block in every layer; or a whole model, ``ttt_e2e``, in all of them.
     - ``a+b[m:n]``: each period of m + n layers is m blocks a, then n blocks b; a last period may be cut.
       ``gdn2+swa[3:1]`` is the 3:1 hybrid of Kimi Linear and others. ``a+b`` is ``a+b[1:1]``.
     - ``a+b[first]``, ``a+b[last]``: one layer of b, the first or the last one, all others are a.
@@ -38,6 +38,8 @@ def parse_arch(arch: str, n_layers: int) -> list[str]:
         ValueError: unknown name (the near ones are listed), a ratio or a place that means nothing, or a stack
             shorter than one period.
     """
+    if arch in model_names():
+        return [arch] * n_layers
     stack = _XLSTM.fullmatch(arch)
     if stack:
         m, n = int(stack[1]), int(stack[2])
@@ -86,6 +88,8 @@ def _periods(arch: str, a: str, m: int, b: str, n: int, n_layers: int) -> list[s
 
 
 def _check_block(name: str, arch: str) -> None:
+    if name in model_names():
+        raise ValueError(f"{name!r} is a whole model, which can't be part of {arch!r}")
     what = f"architecture {arch!r}" if name == arch else f"block {name!r} in architecture {arch!r}"
     wrong = name_error(name, what=what, known=arch_names())
     if wrong is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from arena.blocks.base import Block, State
 from arena.blocks.outer import COMMON, OutputGate, RMSNorm, ShortConv, l2_norm
 from arena.blocks.registry import register
-from kernels.attention import attention, attention_mask
+from kernels.attention import attention, attention_composed, attention_mask
 
 
 class Attention(Block):
@@ -65,11 +65,23 @@ class Attention(Block):
         self.norm = RMSNorm(self.head_dim) if common else None
         self.gate_out = OutputGate(COMMON, d_model, n_heads, self.head_dim) if common else None
         self.out = nn.Linear(d_model, d_model, bias=False)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        self.composed = False
+
+    def norm_qk(self) -> None:
+        """Norm q and k of every head, each with a weight of its own, before RoPE (QK-norm)."""
+        self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
+
+    def compose(self) -> None:
+        """Compute by plain operations, which have derivatives of any order; the fused ones have one."""
+        self.composed = self.conv.composed = True
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """See :class:`~arena.blocks.base.Block`."""
         q, k, v, after = self._remember(x, state)
-        read = attention(q, k, v, window=self.window, scale=self.scale)
+        attend = attention_composed if self.composed else attention
+        read = attend(q, k, v, window=self.window, scale=self.scale)
         if self.norm is not None and self.gate_out is not None:
             read = self.norm(read) * self.gate_out(x)
         return self.out(read.flatten(-2)), after
@@ -105,6 +117,8 @@ class Attention(Block):
         q, k, v = mixed.unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
         if self.unit:
             q, k = l2_norm(q), l2_norm(k)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v, rows
 
     def _remember(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor, State]:

@@ -98,6 +98,7 @@ class ShortConv(nn.Module):
         self.kind = kind
         self.widths = list(widths)
         self.activation = activation
+        self.composed = False
         self.rows = 0 if kind in ("none", "gate") else CONV_WIDTH - 1
         self.bias = None
         if kind == "none":
@@ -126,6 +127,8 @@ class ShortConv(nn.Module):
         """
         if self.kind == "none":
             y, new = x, None
+        elif self.composed:
+            y, new = self._composed(x, h, state)
         elif self.kind == "static":
             activation = "silu" if self.activation else None
             return short_conv(
@@ -139,6 +142,24 @@ class ShortConv(nn.Module):
         else:
             y, new = self._dynamic(x, h, state)
         return (F.silu(y) if self.activation else y), new
+
+    def _composed(self, x: Tensor, h: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The same of plain operations, which have derivatives of any order."""
+        taps: Tensor = self.weight  # [W,C], or [B,T,W,C] where they are made from h
+        if self.kind == "dynamic-headwise":
+            made = self.filters(h).unflatten(-1, (CONV_WIDTH, -1)).split(self.groups, -1)
+            pairs = zip(made, self.widths, self.groups, strict=True)
+            taps = taps + torch.cat([f.repeat_interleave(w // g, -1) for f, w, g in pairs], -1)
+        elif self.kind != "static":
+            pieces = zip(self.down(h).split(CONV_RANK, -1), self.up.split(self.widths, -1), strict=True)
+            taps = taps + torch.cat([torch.einsum("btr,rwc->btwc", z, u) for z, u in pieces], -1)
+        before = x.new_zeros(x.shape[0], self.rows, x.shape[-1]) if state is None else state
+        rows, T = torch.cat([before, x], 1), x.shape[1]
+        y = x if self.kind != "static" else torch.zeros_like(x)
+        for lag in range(self.rows + 1):
+            y = y + taps[..., lag, :] * rows[:, self.rows - lag : self.rows - lag + T]
+        y = y if self.bias is None else y + self.bias
+        return y, rows[:, T:] if self.rows else None
 
     def _dynamic(self, x: Tensor, h: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         parts = []

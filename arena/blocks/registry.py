@@ -33,7 +33,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 _SHARED = ("d_model", "n_heads", "outer", "conv", "depth")
 
-Builder = TypeVar("Builder", bound=Callable[..., Block])
+Builder = TypeVar("Builder", bound=Callable[..., Any])
 _BUILDERS: dict[str, Callable[..., Block]] = {}
 _FAMILIES: dict[str, tuple[Callable[[int], Callable[..., Block]], int]] = {}
 """Name with ``[n]`` in place of the number -> (number -> builder, largest number)."""
@@ -81,8 +81,9 @@ def register_family(
 
 
 def block_names() -> list[str]:
-    """All registered names, sorted; a family stands there once, with the number 2."""
-    return sorted([*_BUILDERS, *(name.replace("[n]", "[2]") for name in _FAMILIES)])
+    """All registered names of blocks, sorted; a family stands there once, with the number 2."""
+    blocks = [name for name, builder in _BUILDERS.items() if not _is_model(builder)]
+    return sorted([*blocks, *(name.replace("[n]", "[2]") for name in _FAMILIES)])
 
 
 def name_error(name: str, *, what: str, known: Sequence[str]) -> str | None:
@@ -106,6 +107,16 @@ def name_error(name: str, *, what: str, known: Sequence[str]) -> str | None:
         family = mine[-1] if "-neg" in name else mine[0]
         return f"{what}: write {family} with its number, such as {family.replace('[n]', '[2]')}"
     return f"unknown {what}{near(name, known)}"
+
+
+def model_names() -> list[str]:
+    """Registered architectures that are a whole model rather than a block, sorted."""
+    return sorted(name for name, builder in _BUILDERS.items() if _is_model(builder))
+
+
+def _is_model(builder: Callable[..., Any]) -> bool:
+    """Such a builder takes the options alone; ``build_model`` knows what to do with them."""
+    return getattr(builder, "whole_model", False)
 
 
 def block_options(name: str) -> dict[str, Any]:
@@ -148,12 +159,26 @@ def build_block(
         raise ValueError(f"unknown outer {outer!r}{near(outer, OUTERS)}")
     if conv is not None and conv not in CONVS:
         raise ValueError(f"unknown conv {conv!r}{near(conv, CONVS)}")
+    if _is_model(builder):
+        raise ValueError(
+            f"{name!r} is a whole model, for it learns from the model's own loss: "
+            f"build_model(ModelConfig(arch={name!r}, ...))"
+        )
+    check_options(name, options)
+    return builder(d_model=d_model, n_heads=n_heads, outer=outer, conv=conv, depth=depth, **options)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a builder does not know, or whose values are plainly of another kind.
+
+    Raises:
+        ValueError: one line that says which.
+    """
     known = block_options(name)
-    for key in options:
+    for key, value in options.items():
         if key not in known:
             raise ValueError(f"block {name!r} has no option {key!r}{near(key, list(known))}")
-        _check_kind(name, key, options[key])
-    return builder(d_model=d_model, n_heads=n_heads, outer=outer, conv=conv, depth=depth, **options)
+        _check_kind(name, key, value)
 
 
 def _check_kind(name: str, key: str, value: Any) -> None:

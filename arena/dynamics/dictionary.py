@@ -115,6 +115,34 @@ QUANTITIES: dict[str, Quantity] = {
         "how fast it grows there: 0 saturated, 1/2 a random walk, 1 a counter",
         "least-squares slope of ln ||S_t||_F over ln t, L <= t <= T, at the tokens that are measured",
     ),
+    "update_norm": Quantity(
+        "update",
+        "1",
+        "token (the first that is read with the update)",
+        "size of an update of a layer's weights (TTT-E2E)",
+        "||W_{i+1} - W_i||_F over all weights of the updated MLP",
+    ),
+    "update_drift": Quantity(
+        "update",
+        "1",
+        "token (the first that is read with the update)",
+        "how far the updates have led from the learnt start",
+        "||W_{i+1} - W_0||_F over all weights of the updated MLP",
+    ),
+    "inner_loss_before": Quantity(
+        "update",
+        "nat",
+        "token (the first that is read with the update)",
+        "the model's next-token loss on a mini-batch, before the update on it; the same for all its layers",
+        "mean of -ln p(x_{t+1}) over the mini-batch, weights W_i",
+    ),
+    "inner_loss_after": Quantity(
+        "update",
+        "nat",
+        "token (the first that is read with the update)",
+        "the same after the update of all layers: what one step gained on its own mini-batch",
+        "mean of -ln p(x_{t+1}) over the mini-batch, weights W_{i+1}",
+    ),
     "key_eigenvalue": Quantity(
         "transition",
         "1",
@@ -319,7 +347,7 @@ QUANTITIES: dict[str, Quantity] = {
 """Name -> entry. M_t, S_t, q, k, z as in ``arena.memory.GateSpec``."""
 
 FAMILIES = tuple(dict.fromkeys(entry.family for entry in QUANTITIES.values()))
-"""gates, state, transition, retention, edit."""
+"""gates, state, update, transition, retention, edit."""
 
 
 def select(quantities: Iterable[str] | None) -> set[str]:

@@ -96,6 +96,8 @@ class LayerMeasurement:
                 value = trace[name][:, here - start].double()
                 value = value.norm(dim=-1) if name == "cell" else value.mean(-1)
                 self._add("cell_norm" if name == "cell" else name, value, here)
+        if "update_token" in trace and "update" in self.families:
+            self._updates(trace, start)
         if is_matrix_memory(trace):
             if self.families & {"state", "edit"}:
                 self._states(trace, start, stop)
@@ -179,6 +181,14 @@ class LayerMeasurement:
                     for head, (a, b) in enumerate(zip(*(p.unbind(1) for p in pair), strict=True)):
                         key = name, head, role, micro
                         self.correlations.setdefault(key, Correlation()).add(a.numpy(), b.numpy())
+
+    def _updates(self, trace: Mapping[str, Tensor], start: int) -> None:
+        """Rows of every update, at the first token that is read with it; a layer has one set of weights."""
+        tokens = start + trace["update_token"].long()
+        sequence = torch.arange(len(tokens))[:, None]
+        for name in sorted(self.wanted & trace.keys()):
+            if QUANTITIES[name].family == "update":
+                self.rows.add(self.index, name, trace[name][..., None], sequence=sequence, token=tokens)
 
     def _states(self, trace: Mapping[str, Tensor], start: int, stop: int) -> None:
         B, _, H, K = trace["k"].shape

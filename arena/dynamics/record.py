@@ -81,12 +81,18 @@ def record(module: nn.Module, inputs: Tensor, *, chunk: int = 256) -> Iterator[C
         for index, block in enumerate(blocks)
     ]
     module.eval()
+    # A model that learns as it reads traces itself: its blocks do not know of that.
+    own_trace = getattr(module, "trace", None) if hasattr(module, "blocks") else None
     try:
         state, device = None, next((p.device for p in module.parameters()), inputs.device)
         for start in range(0, inputs.shape[1], chunk):
             piece = inputs[:, start : start + chunk].to(device)
-            output, state = module(piece, state)
-            traces = [block.trace(*seen[index]) for index, block in enumerate(blocks)]
+            before = state
+            output, state = module(piece, before)
+            if own_trace is None:
+                traces = [block.trace(*seen[index]) for index, block in enumerate(blocks)]
+            else:
+                traces = own_trace(piece, before)
             yield Chunk(start, start + piece.shape[1], traces, output)
     finally:
         for handle in handles:

@@ -128,6 +128,8 @@ class _Fleet:
     def step(self, step: int) -> None:
         """Take one step; nothing here waits for the device."""
         size = self.config.batch_size
+        self.template.train()
+        self.template.before_step(step, self.config.steps)
         tokens, targets = train_batch(
             self.task, self.seeds, step=step, batch_size=size, length=self.lengths[step]
         )
@@ -153,6 +155,7 @@ class _Fleet:
 
     def measure(self, split: str) -> list[list[Row]]:
         """Rows of every replica at the lengths of a split."""
+        self.template.eval()
         return evaluate(
             self.eval_logits,
             self.task,

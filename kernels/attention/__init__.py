@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.folding import fold, unfold
 
-__all__ = ["attention", "attention_mask"]
+__all__ = ["attention", "attention_composed", "attention_mask"]
 
 
 def attention(
@@ -52,6 +52,18 @@ def attention(
     if torch._C._are_functorch_transforms_active():
         return _Attention.apply(q, k, v, window, scale)
     return _attend(q, k, v, window, scale)
+
+
+def attention_composed(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """:func:`attention` of plain operations, which can be differentiated any number of times, under vmap too.
+
+    Slower: it holds the weights of all pairs. Shapes and meaning as there.
+    """
+    scores = torch.einsum("bthk,bshk->bhts", q * (q.shape[-1] ** -0.5 if scale is None else scale), k)
+    seen = attention_mask(q.shape[1], k.shape[1], window, q.device)
+    return torch.einsum("bhts,bshv->bthv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
 def attention_mask(
@@ -142,7 +154,9 @@ class _AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError("attention under torch.func has no second derivative")
+        raise NotImplementedError(
+            "attention under torch.func has no second derivative; attention_composed has"
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:

@@ -142,7 +142,7 @@ def inner_step(
 
 
 def with_loss(x: Tensor, extra: Tensor) -> Tensor:
-    """x as it is; but whoever differentiates a loss of it differentiates that loss plus the number ``extra``."""
+    """Give x as it is, but the gradient of a loss of it is that of the loss plus the number ``extra``."""
     return _WithLoss.apply(x, extra)
 
 

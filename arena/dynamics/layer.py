@@ -10,9 +10,9 @@ from torch import Tensor
 
 import synthetic_tasks
 from arena.dynamics import transition as tr
-from arena.dynamics.dictionary import QUANTITIES
 from arena.dynamics.edit import Edits, Event, previous_write_share
 from arena.dynamics.gates import Correlation, Distribution
+from arena.dynamics.quantities import QUANTITIES
 from arena.dynamics.retention import (
     Past,
     contribution_age,

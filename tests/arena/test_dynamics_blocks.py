@@ -29,6 +29,7 @@ MATRIX = [
     "mlstm",
 ]
 ALL = [*MATRIX, "attention", "swa", "slstm", "lstm"]
+UPDATES = {"update_norm", "update_drift", "inner_loss_before", "inner_loss_after"}
 
 
 def make(arch, **options):
@@ -146,7 +147,7 @@ def test_contributions_of_an_lstm_are_the_gradient():
     torch.testing.assert_close(found, grads[1, :10, 0].mean(-1))
 
 
-@pytest.mark.parametrize("arch", ALL)
+@pytest.mark.parametrize("arch", [*ALL, "ttt_e2e"])
 def test_every_quantity_is_in_the_dictionary_and_every_block_answers_all(arch):
     task = synthetic_tasks.get("rebind")
     model = build_model(
@@ -160,9 +161,14 @@ def test_every_quantity_is_in_the_dictionary_and_every_block_answers_all(arch):
     assert set(frame["block"]) == {arch}
     missing = set(frame.filter(pl.col("head").is_null())["quantity"])
     if arch in MATRIX:
-        assert missing <= {"step", "normaliser", "input_gate", "forget_gate", "cell_norm"}
-    if arch in ("attention", "swa"):
-        assert set(QUANTITIES) - missing == {
+        assert missing <= {"step", "normaliser", "input_gate", "forget_gate", "cell_norm", *UPDATES}
+    if arch == "ttt_e2e":  # the first layer has none
+        found = frame.filter(pl.col("quantity").is_in(UPDATES) & pl.col("head").is_not_null())
+        assert set(found["layer"]) == {1}
+        assert set(found["token"]) == {16}
+        assert set(found["quantity"]) == UPDATES
+    if arch in ("attention", "swa", "ttt_e2e"):
+        assert set(QUANTITIES) - missing - UPDATES == {
             "contribution",
             "previous_write_share",
             "memory_length",
@@ -173,7 +179,7 @@ def test_every_quantity_is_in_the_dictionary_and_every_block_answers_all(arch):
         assert not missing & {"cell_norm", "normaliser", "decay", "forget_gate", "memory_length", "half_life"}
 
 
-@pytest.mark.parametrize("arch", ["gdn2-neg", "mlstm", "slstm", "attention+gdn"])
+@pytest.mark.parametrize("arch", ["gdn2-neg", "mlstm", "slstm", "attention+gdn", "ttt_e2e"])
 def test_the_chunk_does_not_change_the_numbers(arch):
     task = synthetic_tasks.get("rebind")
     config = ModelConfig(arch=arch, vocab_size=task.vocab_size, n_classes=task.n_classes, d_model=8)

@@ -7,10 +7,10 @@ import polars as pl
 import pytest
 
 from arena.dynamics import findings
-from arena.dynamics.dictionary import QUANTITIES
 from arena.dynamics.effects import EFFECT_COLUMNS
 from arena.dynamics.page import make_page, to_html
 from arena.dynamics.probe import PROBE_COLUMNS
+from arena.dynamics.quantities import QUANTITIES
 from arena.dynamics.sentences import identified_sentences
 from arena.dynamics.study import Choice, study
 from arena.grid import run_experiment

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from arena.ablation.sentences import longest
+from arena.report.svg import plain, save_figure
 
 _STYLE = {
     **sns.axes_style("white"),
@@ -73,8 +74,8 @@ def ablation_figure(
             color="#666666",
         )
         if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        figure.savefig(path)
+            figure.suptitle(plain(title), x=0.01, ha="left", fontsize=12)
+        save_figure(figure, path)
 
 
 def _score_map(
@@ -107,13 +108,16 @@ def _score_map(
     )
     names = {row["arm"]: row["named"] for row in points.iter_rows(named=True)}
     axis.set_yticklabels(
-        [f"{arm}  (= {names[arm]})" if names[arm] not in (None, arm) else arm for arm in arms], rotation=0
+        [plain(f"{arm}  (= {names[arm]})" if names[arm] not in (None, arm) else arm) for arm in arms],
+        rotation=0,
     )
     position = 0
     for key, label in labels.items():
         count = sum(column[0] == key for column in columns)
         if count:
-            axis.text(position + 0.05, -0.15, label, fontweight="bold", fontsize=9, ha="left", va="bottom")
+            axis.text(
+                position + 0.05, -0.15, plain(label), fontweight="bold", fontsize=9, ha="left", va="bottom"
+            )
             if position:
                 axis.axvline(position, color="#555555", linewidth=1.2)
         position += count
@@ -153,7 +157,7 @@ def _effect_map(
         annot_kws={"fontsize": 8.5},
         linewidths=1.2,
         linecolor="white",
-        xticklabels=[labels[key] for key in keys],
+        xticklabels=[plain(labels[key]) for key in keys],
         yticklabels=[f"{name}: {of} → {to}" for name, of, to in changes],
     )
     for text in axis.texts:

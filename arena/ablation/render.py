@@ -5,31 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from arena.ablation.effects import declared_effects, effect_table, point_table
 from arena.ablation.request import Ablation
 from arena.ablation.sentences import LEGEND, axis_sentences, effect_text, longest, why_not
 from arena.grid.results import load_results
 from arena.grid.store import StoreError, read_record, write_whole
+from arena.grid.toml import to_toml
+from arena.report.document import Document, Section, print_document, to_markdown
 from arena.report.tables import task_labels
 
 FOLDER = "ablation"
 _REQUEST = "request.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Table:
-    heading: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 def is_ablation(directory: str | Path) -> bool:
@@ -50,6 +43,7 @@ def record_ablation(directory: str | Path, ablation: Ablation) -> None:
         "effects": declared_effects(ablation),
     }
     write_whole(folder / _REQUEST, json.dumps(record, indent=1).encode())
+    write_whole(folder / "request.toml", to_toml(ablation.asked.model_dump(exclude_none=True)).encode())
 
 
 def make_ablation(directory: str | Path, console: Console | None = None) -> list[Path]:
@@ -65,6 +59,21 @@ def make_ablation(directory: str | Path, console: Console | None = None) -> list
     Raises:
         StoreError: no ablation, or nothing tested yet.
     """
+    document, written = write_ablation(directory)
+    if console is not None:
+        print_document(document, console)
+    return written
+
+
+def ablation_sections(directory: str | Path) -> tuple[list[Section], list[Path]]:
+    """An ablation as a section of its folder's report, and the files written; as :func:`make_ablation`."""
+    document, written = write_ablation(directory)
+    first, *rest = document.sections
+    return [replace(first, heading=document.title), *(replace(part, part=True) for part in rest)], written
+
+
+def write_ablation(directory: str | Path) -> tuple[Document, list[Path]]:
+    """Write the files of :func:`make_ablation`; the report as data, and the files."""
     directory = Path(directory)
     folder = directory / FOLDER
     if not is_ablation(directory):
@@ -84,28 +93,26 @@ def make_ablation(directory: str | Path, console: Console | None = None) -> list
     tasks = request["tasks"]
     labels = dict(sorted(labels.items(), key=lambda item: tasks.index(item[0][0])))
     sentences = axis_sentences(effects, labels)
-    tables = [
-        _point_grid(points, labels, base),
-        *_effect_grids(effects, labels),
-    ]
+    tables = [_point_grid(points, labels, base), *_effect_grids(effects, labels)]
     if request["left_out"]:
         left = [[name, reason] for name, reason in request["left_out"].items()]
-        tables.append(_Table(heading="left out", columns=["point", "why"], rows=left))
+        tables.append(Section(heading="left out", columns=["point", "why"], rows=left))
 
     from arena.ablation.figure import ablation_figure
 
     written = [folder / name for name in ("ablation.md", "points.parquet", "effects.parquet", "ablation.png")]
     title = f"Ablation of {base}"
-    written[0].write_text(_markdown(title, sentences, tables), encoding="utf-8")
+    head = Section(heading="", figures=[written[3]], lines=list(sentences.values()))
+    tables[-1] = replace(tables[-1], caption=LEGEND)
+    document = Document(title=title, claim="", notes=[], sections=[head, *tables])
+    written[0].write_text(to_markdown(document), encoding="utf-8")
     points.write_parquet(written[1])
     effects.write_parquet(written[2])
     ablation_figure(points, effects, labels, written[3], title=title)
-    if console is not None:
-        _print(console, title, sentences, tables)
-    return written
+    return document, written
 
 
-def _point_grid(points: pl.DataFrame, labels: Mapping[tuple[str, str], str], base: str) -> _Table:
+def _point_grid(points: pl.DataFrame, labels: Mapping[tuple[str, str], str], base: str) -> Section:
     """One row a point: its gates' ranges, its score on every task at the longest length, its size."""
     here = longest(points)
     rows = []
@@ -133,7 +140,7 @@ def _point_grid(points: pl.DataFrame, labels: Mapping[tuple[str, str], str], bas
         f"{label}, length {max(here.filter(task=key[0], task_params=key[1])['eval_length'])}"
         for key, label in labels.items()
     ]
-    return _Table(
+    return Section(
         heading="points",
         columns=["point", "erase in", "write in", *tasks, "lr", "parameters", "state bytes"],
         rows=rows,
@@ -160,7 +167,7 @@ def _interval(low: float, high: float) -> str:
     return f"[{low:g}, {'∞)' if high == math.inf else f'{high:g}]'}"
 
 
-def _effect_grids(effects: pl.DataFrame, labels: Mapping[tuple[str, str], str]) -> list[_Table]:
+def _effect_grids(effects: pl.DataFrame, labels: Mapping[tuple[str, str], str]) -> list[Section]:
     if effects.is_empty():
         return []
     here = longest(effects)
@@ -179,7 +186,9 @@ def _effect_grids(effects: pl.DataFrame, labels: Mapping[tuple[str, str], str]) 
             texts = [_judged_text(cells[key]) if key in cells else "-" for key in labels]
             rows.append([what, f"{max(same['contexts'])}", *texts])
         if rows:
-            found.append(_Table(heading=heading, columns=["change", "contexts", *labels.values()], rows=rows))
+            found.append(
+                Section(heading=heading, columns=["change", "contexts", *labels.values()], rows=rows)
+            )
     return found
 
 
@@ -187,29 +196,3 @@ def _judged_text(effect: Mapping[str, Any]) -> str:
     reason = why_not(effect)
     judged = "claim" if effect["claim"] else f"no claim{': ' if reason else ''}{reason}"
     return f"{effect_text(effect)} {judged}"
-
-
-def _markdown(title: str, sentences: Mapping[str, str], tables: list[_Table]) -> str:
-    lines = [f"# {title}", "", "![points and main effects](ablation.png)", ""]
-    lines += [f"- {sentence}" for sentence in sentences.values()]
-    for table in tables:
-        lines += ["", f"## {table.heading}", "", "| " + " | ".join(table.columns) + " |"]
-        lines.append("|---" * len(table.columns) + "|")
-        lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in table.rows]
-    return "\n".join([*lines, "", LEGEND]) + "\n"
-
-
-def _print(console: Console, title: str, sentences: Mapping[str, str], tables: list[_Table]) -> None:
-    if not console.is_terminal:  # a pipe or a file has no width: lines are not broken
-        console = Console(file=console.file, width=200, highlight=False)
-    console.print(f"[bold]{escape(title)}[/bold]")
-    for shown in tables:
-        table = Table(title=escape(shown.heading), title_justify="left", title_style="bold")
-        for column in shown.columns:
-            table.add_column(escape(column), overflow="fold")
-        for row in shown.rows:
-            table.add_row(*(escape(text) for text in row))
-        console.print(table)
-    for sentence in sentences.values():
-        console.print(escape(sentence), soft_wrap=True)
-    console.print(f"[dim]{escape(LEGEND)}[/dim]")

@@ -27,6 +27,8 @@ from arena.model import Model, ModelConfig, build_model
 class Ablation:
     """A planned ablation."""
 
+    asked: Experiment
+    """The request, with its ``[ablation]`` section."""
     experiment: Experiment
     """With an arm for every point; the base is its first name."""
     levels: dict[str, Levels]
@@ -141,7 +143,7 @@ def plan_ablation(experiment: Experiment) -> Ablation:
         "arms": {name: arm.model_dump(exclude_none=True) for name, arm in arms.items()},
     }
     planned = parse_experiment(data, label=experiment.name)
-    return Ablation(experiment=planned, levels=kept, left_out=left_out)
+    return Ablation(asked=experiment, experiment=planned, levels=kept, left_out=left_out)
 
 
 def gates_of_model(model: Model) -> tuple[GateSpec, Levels]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -21,13 +19,13 @@ from arena.cli.common import (
     WRONG,
     again,
     complain,
-    console,
     parameter,
     plugins_first,
     wrong,
 )
 from arena.cli.dynamics import dynamics
 from arena.cli.machine import bench, doctor
+from arena.cli.report import report
 from arena.cli.reproduce import reproduce
 from arena.cli.train import grid, tune
 
@@ -163,27 +161,10 @@ app.command()(tune)
 app.command()(ablate)
 app.command()(dynamics)
 app.command()(reproduce)
+app.command()(report)
 app.command()(doctor)
 app.command("check-block")(check_block)
 app.add_typer(bench, name="bench")
-
-
-@app.command()
-def report(directory: Annotated[Path, typer.Argument(help="A result folder of arena grid.")]) -> int:
-    """Tables and figures of a result folder: printed, and written to DIR/report."""
-    from arena.report import make_report
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        written = make_report(directory, console)
-    for line in dict.fromkeys(str(entry.message) for entry in caught if entry.category is UserWarning):
-        complain(line)
-    from arena.ablation import is_ablation, make_ablation
-
-    if is_ablation(directory):
-        written += make_ablation(directory, console)
-    print("written: " + ", ".join(str(path) for path in written))
-    return OK
 
 
 @app.command()

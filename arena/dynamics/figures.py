@@ -15,6 +15,7 @@ from arena.dynamics import panels
 from arena.dynamics.effects import NEAR_MINUS_ONE
 from arena.dynamics.study import Tables
 from arena.report.palette import family_order, looks
+from arena.report.svg import plain, save_figure
 
 _STYLE = {
     **sns.axes_style("ticks"),
@@ -104,11 +105,11 @@ def _draw(
                 if not panel(axis, key, arms[key]):
                     axis.set_axis_off()
                     axis.text(0.5, 0.5, "none here", ha="center", va="center", color=panels.GREY, fontsize=9)
-                axis.set_title(f"{labels[key]}: {title}" if index == 0 else title, fontsize=9.5)
+                axis.set_title(f"{plain(labels[key])}: {title}" if index == 0 else title, fontsize=9.5)
         if legend:
             figure.legend(handles=legend, loc="outside lower left", ncols=min(len(legend), 6), fontsize=8.5)
         sns.despine(fig=figure)
-        figure.savefig(path)
+        save_figure(figure, path)
     return True
 
 
@@ -119,7 +120,9 @@ def _mark(filled: bool, text: str, marker: str = "o") -> Line2D:
 
 def _legends(arms: pl.Series) -> dict[str, list[Line2D]]:
     shown = looks(arms)
-    lines = [Line2D([], [], label=arm, **panels.pen(shown[arm])) for arm in sorted(shown, key=family_order)]
+    lines = [
+        Line2D([], [], label=plain(arm), **panels.pen(shown[arm])) for arm in sorted(shown, key=family_order)
+    ]
     line = Line2D([], [], color=panels.GREY, linewidth=1.2, label="from the 25 % to the 75 % quantile")
     chance = Line2D([], [], color=panels.GREY, linestyle=(0, (1, 2)), label="chance")
     return {

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import jinja2
 import polars as pl
 
 from arena.dynamics import findings, sentences
 from arena.dynamics.effects import LOOKED_AT, NEAR_MINUS_ONE
 from arena.dynamics.figures import draw_figures
 from arena.dynamics.probe import DIMENSIONS, SHUFFLES
-from arena.dynamics.study import SEQUENCES, Tables
+from arena.dynamics.study import SEQUENCES, Tables, read_study
 from arena.report.document import Document, Section, to_markdown
+from arena.report.page import write_html
+from arena.report.request import in_file_order, read_request
 from arena.report.tables import task_labels
 
 _SECTIONS: list[tuple[str, str, Callable[[Sequence[findings.Task]], Iterator[str]], str]] = [
@@ -119,23 +119,28 @@ def make_page(tables: Tables, directory: str | Path, out: str | Path) -> list[Pa
         The files written, the HTML page first.
     """
     out = Path(out)
-    try:
-        request = tomllib.loads((Path(directory) / "experiment.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        request = {}
-    order = [str(entry.get("name")) for entry in request.get("tasks", [])]
-    labels = dict(
-        sorted(
-            task_labels(tables.runs).items(),
-            key=lambda item: order.index(item[0][0]) if item[0][0] in order else len(order),
-        )
-    )
+    request = read_request(Path(directory))
+    labels = in_file_order(task_labels(tables.runs), request)
     figures = draw_figures(tables, labels, out)
     document = write_document(tables, labels, figures, str(request.get("title") or request.get("name") or ""))
     html, markdown = out / "page.html", out / "page.md"
-    html.write_text(to_html(document), encoding="utf-8")
+    write_html(document, html)
     markdown.write_text(to_markdown(document), encoding="utf-8")
     return [html, markdown, *figures.values()]
+
+
+def dynamics_sections(directory: str | Path) -> list[Section]:
+    """What ``arena dynamics`` found in a result folder, for its report; empty without a study."""
+    out = Path(directory) / "dynamics"
+    tables = read_study(out)
+    if tables is None or tables.runs.is_empty():
+        return []
+    labels = in_file_order(task_labels(tables.runs), read_request(Path(directory)))
+    figures = {name: out / f"{name}.png" for _, name, _, _ in _SECTIONS if (out / f"{name}.png").exists()}
+    document = write_document(tables, labels, figures, "")
+    link = ("The page of the dynamics alone, with its tables beside it", "../dynamics/page.html")
+    head = Section(heading=document.title, lines=document.notes, link=link, quiet=True)
+    return [head, *(replace(section, part=True, quiet=True) for section in document.sections)]
 
 
 def write_document(
@@ -186,106 +191,3 @@ def write_document(
         notes=notes,
         sections=sections,
     )
-
-
-def to_html(document: Document) -> str:
-    """A document as one HTML file: styles and figures inside, nothing fetched from anywhere."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["inline"] = _inline
-    environment.filters["anchor"] = _anchor
-    return environment.from_string(_TEMPLATE).render(document=document)
-
-
-def _inline(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def _anchor(heading: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in heading.lower()).strip("-")
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ document.title }}</title>
-<style>
-:root { --ink: #1c1c1c; --soft: #5d5d5d; --ground: #ffffff; --card: #f6f5f1; --line: #dcdad2;
-  --mark: #08306b; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e6e1; --soft: #a9a69e; --ground: #16181b; --card: #1f2226; --line: #363a40;
-    --mark: #9ecae1; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 1.2rem 1rem 3rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: .4rem 0 .6rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
-nav { font-size: .88rem; line-height: 1.9; }
-nav a { color: var(--mark); margin-right: .9rem; text-decoration: none; white-space: nowrap; }
-nav a:hover { text-decoration: underline; }
-ul { padding-left: 1.1rem; margin: .5rem 0; }
-li { margin: .25rem 0; }
-.notes { color: var(--soft); }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .65rem; text-align: right; vertical-align: top; min-width: 5.4rem; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground);
-  border-right: 1px solid var(--line); min-width: 8.5rem; }
-thead th { border-bottom: 1px solid var(--line); font-weight: 600; color: var(--soft); }
-tbody tr:nth-child(even) td { background: var(--card); }
-figure { margin: .8rem 0; }
-figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px;
-  padding: .4rem; }
-@media (max-width: 40rem) { .scroll { overflow-x: auto; } figure img { max-width: none; width: 38rem; } }
-.caption { color: var(--soft); font-size: .88rem; }
-details { margin: .6rem 0; }
-summary { cursor: pointer; color: var(--mark); }
-</style>
-</head>
-<body>
-<main>
-<h1>{{ document.title }}</h1>
-{% if document.claim %}<p>{{ document.claim }}</p>{% endif %}
-<ul class="notes">
-{% for note in document.notes %}<li>{{ note }}</li>
-{% endfor %}</ul>
-<nav>{% for section in document.sections %}<a href="#{{ section.heading | anchor }}">{{ section.heading }}</a>
-{% endfor %}</nav>
-{% for section in document.sections %}
-<section id="{{ section.heading | anchor }}">
-<h2>{{ section.heading }}</h2>
-{% if section.rows %}
-<div class="wide"><table>
-<thead><tr>{% for column in section.columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in section.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-</table></div>
-{% endif %}
-{% for path in section.figures %}
-<figure class="scroll"><img src="{{ path | inline }}" alt="{{ section.heading }}"></figure>
-{% endfor %}
-{% if section.caption %}<p class="caption">{{ section.caption }}</p>{% endif %}
-{% set shown = section.lines[:8] %}{% set more = section.lines[8:] %}
-{% if shown %}
-<ul>
-{% for line in shown %}<li>{{ line }}</li>
-{% endfor %}</ul>
-{% endif %}
-{% if more %}
-<details><summary>{{ more | length }} more</summary>
-<ul>
-{% for line in more %}<li>{{ line }}</li>
-{% endfor %}</ul>
-</details>
-{% endif %}
-</section>
-{% endfor %}
-</main>
-</body>
-</html>
-"""

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from arena.dynamics.effects import NEAR_MINUS_ONE
 from arena.dynamics.study import Tables
 from arena.report.palette import Look, looks
+from arena.report.svg import plain
 
 GREY = "#777777"
 SHADE = "#f1ede2"
@@ -22,7 +23,7 @@ Panel = Callable[[Axes, tuple[str, str], list[str]], bool]
 
 def _rows(axis: Axes, arms: list[str]) -> None:
     """Architectures as rows, the first one at the top."""
-    axis.set_yticks(range(len(arms)), arms)
+    axis.set_yticks(range(len(arms)), [plain(arm) for arm in arms])
     axis.set_ylim(len(arms) - 0.45, -0.55)
     axis.tick_params(axis="y", length=0)
 

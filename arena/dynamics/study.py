@@ -241,6 +241,16 @@ def study(
     return Tables(measurements=pl.scan_parquet(folder / "*.parquet"), **tables)
 
 
+def read_study(out: str | Path) -> Tables | None:
+    """The tables that :func:`study` wrote to ``out``; None where there is no finished study."""
+    out = Path(out)
+    names = [name for name in Tables._fields if name != "measurements"]
+    if not all((out / f"{name}.parquet").exists() for name in names):
+        return None
+    tables = {name: pl.read_parquet(out / f"{name}.parquet") for name in names}
+    return Tables(measurements=pl.scan_parquet(out / "measurements" / "*.parquet"), **tables)
+
+
 def _about(frame: pl.DataFrame, about: dict[str, Any]) -> pl.DataFrame:
     """The frame with what it is about in front."""
     kinds = _schema(about)

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from arena.report.figure import STYLE, pen
 from arena.report.palette import Look
+from arena.report.svg import plain, save_figure
 
 Labels = Mapping[tuple[str, str], str]
 _GREY = "#888888"
@@ -58,7 +59,7 @@ def best_of_n_figure(table: pl.DataFrame, labels: Labels, styles: Mapping[str, L
             axis.set_ylim((low + high - _LEAST_SPAN) / 2, (low + high + _LEAST_SPAN) / 2)
         figure.supxlabel("trials n", fontsize=10)
         figure.supylabel("expected best score on valid", fontsize=10)
-        handles: list[Artist] = [Line2D([], [], label=arm, **pen(styles[arm])) for arm in arms]
+        handles: list[Artist] = [Line2D([], [], label=plain(arm), **pen(styles[arm])) for arm in arms]
         handles += [
             Line2D([], [], label="unbiased", color=_GREY, linewidth=1.5),
             Line2D([], [], label="with replacement", color=_GREY, linestyle=":", linewidth=1.5),
@@ -162,7 +163,7 @@ def panel_figure(
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(len(labels), sharey=True)
         for axis, key in zip(axes, labels, strict=False):
-            axis.set_title(labels[key])
+            axis.set_title(plain(labels[key]))
             axis.set_xscale("log")
             axis.set_xlabel("learning rate")
             for place, arm in enumerate(arms):
@@ -182,7 +183,7 @@ def panel_figure(
             axis.set_ylim(low - (0.06 + 0.045 * len(arms)) * reach, high + 0.05 * reach)
             axis.set_yticks(np.linspace(low, high, 5).round(2))
         axes[0].set_ylabel("score on valid")
-        handles: list[Artist] = [Line2D([], [], label=arm, **pen(styles[arm])) for arm in arms]
+        handles: list[Artist] = [Line2D([], [], label=plain(arm), **pen(styles[arm])) for arm in arms]
         handles += [
             Line2D([], [], label="one seed", color=_GREY, marker=".", linestyle="none"),
             Line2D([], [], label="window within 5 %\nof the best", color=_GREY, linewidth=3.2),
@@ -221,9 +222,9 @@ def _grid(
                 continue
             panels[key, columns[number]] = axis
             if line == 0 or lines > 1:
-                axis.set_title((title or {}).get(columns[number], columns[number]), fontsize=10)
+                axis.set_title(plain((title or {}).get(columns[number], columns[number])), fontsize=10)
             if number % across == 0:
-                axis.set_ylabel(label, fontsize=10, fontweight="bold")
+                axis.set_ylabel(plain(label), fontsize=10, fontweight="bold")
             if number + across >= len(columns):  # nothing visible below
                 axis.tick_params(labelbottom=line == len(labels) - 1 or lines > 1)
     return figure, panels
@@ -244,4 +245,4 @@ def _finish(figure: Figure, handles: Sequence[Artist], path: Path) -> None:
         handles=list(handles), loc="outside right center", handlelength=2.4, labelspacing=0.55, fontsize=9.5
     )
     sns.despine(fig=figure)
-    figure.savefig(path)
+    save_figure(figure, path)

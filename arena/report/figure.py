@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from arena.report.palette import Look, family_order, looks
+from arena.report.svg import plain, save_figure
 from arena.report.tables import scores
 
 STYLE = {
@@ -33,8 +34,10 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "arena",
 }
-_SHADE = "#f1ede2"
+SHADE = "#f1ede2"
 _COLUMNS = 3
+_RUNS_A_LINE = 40  # most single runs of an architecture in a panel
+RUNS_A_FIGURE = 1500
 
 
 def accuracy_figure(
@@ -68,8 +71,9 @@ def accuracy_figure(
                 pl.col("train_length_min").min(), pl.col("train_length_max").max()
             )
             panel = table.filter(task=key[0], task_params=key[1])
-            _panel(axis, panel, {arm: styles[arm] for arm in arms}, trained.row(0))
-            axis.set_title(labels[key])
+            most = runs_drawn(len(labels), len(arms))
+            _panel(axis, panel, {arm: styles[arm] for arm in arms}, trained.row(0), most)
+            axis.set_title(plain(labels[key]))
         for axis in axes.flat[len(labels) :]:
             axis.set_visible(False)
         for axis in axes[:, 0]:
@@ -84,16 +88,44 @@ def accuracy_figure(
             fontsize=9.5,
         )
         if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+            figure.suptitle(plain(title), x=0.01, ha="left", fontsize=12)
         sns.despine(fig=figure)
-        figure.savefig(path)
+        save_figure(figure, path)
 
 
-def _panel(axis: Axes, panel: pl.DataFrame, arms: Mapping[str, Look], trained: tuple[int, int]) -> None:
+def runs_drawn(panels: int, arms: int) -> int:
+    """How many single runs of an architecture a panel shows."""
+    return max(3, min(_RUNS_A_LINE, RUNS_A_FIGURE // max(1, panels * arms)))
+
+
+def some_runs(rows: pl.DataFrame, most: int) -> pl.DataFrame:
+    """The rows of at most so many runs, evenly chosen from the worst to the best."""
+    order = rows.group_by("run_id").agg(pl.col("accuracy").mean()).sort("accuracy", "run_id")["run_id"]
+    if len(order) <= most:
+        return rows
+    places = np.linspace(0, len(order) - 1, most).round().astype(int)
+    return rows.filter(pl.col("run_id").is_in(order.gather(places).implode()))
+
+
+def drawn_runs(rows: pl.DataFrame, labels: Mapping[tuple[str, str], str]) -> tuple[int, int]:
+    """How many single runs the figures of these tasks draw, and how many there are."""
+    counts = (
+        rows.filter(pl.col("reported"), pl.col("status") != "failed")
+        .group_by("task", "task_params", "arm")
+        .agg(pl.col("run_id").n_unique())
+    )
+    most = runs_drawn(len(labels), counts["arm"].n_unique())
+    here = pl.concat([counts.filter(task=task, task_params=params)["run_id"] for task, params in labels])
+    return int(here.clip(upper_bound=most).sum()), int(counts["run_id"].sum())
+
+
+def _panel(
+    axis: Axes, panel: pl.DataFrame, arms: Mapping[str, Look], trained: tuple[int, int], most: int
+) -> None:
     lengths = sorted(panel["eval_length"].unique())
     axis.set_xscale("log", base=2)
     shortest, longest = trained
-    axis.axvspan(shortest / 1.04, longest * 1.04, color=_SHADE, zorder=0, linewidth=0)
+    axis.axvspan(shortest / 1.04, longest * 1.04, color=SHADE, zorder=0, linewidth=0)
     chance = panel.group_by("eval_length").agg(pl.col("chance").first()).sort("eval_length").drop_nulls()
     axis.plot(
         chance["eval_length"],
@@ -110,7 +142,7 @@ def _panel(axis: Axes, panel: pl.DataFrame, arms: Mapping[str, Look], trained: t
         mine = panel.filter(arm=arm).sort("eval_length")
         if mine.is_empty():
             continue
-        for _, run in mine.group_by("run_id", maintain_order=True):
+        for _, run in some_runs(mine, most).group_by("run_id", maintain_order=True):
             axis.plot(
                 run["eval_length"] * place,
                 run["accuracy"],
@@ -150,10 +182,10 @@ def pen(style: Look) -> dict[str, Any]:
 
 
 def _legend(arms: Mapping[str, Look]) -> list[Artist]:
-    handles: list[Artist] = [Line2D([], [], label=arm, **pen(style)) for arm, style in arms.items()]
+    handles: list[Artist] = [Line2D([], [], label=plain(arm), **pen(style)) for arm, style in arms.items()]
     handles.append(Line2D([], [], label="one run", color="#555555", alpha=0.4, linewidth=0.8))
     handles.append(Line2D([], [], label="chance", color="#888888", linestyle=(0, (1, 2)), linewidth=1.5))
-    handles.append(Patch(label="trained lengths", facecolor=_SHADE))
+    handles.append(Patch(label="trained lengths", facecolor=SHADE))
     return handles
 
 
@@ -201,9 +233,9 @@ def overview_figure(
                 linewidths=1.2,
                 linecolor="white",
                 xticklabels=spans[key],
-                yticklabels=arms if position == 0 else False,
+                yticklabels=[plain(arm) for arm in arms] if position == 0 else False,
             )
-            axis.set_title(labels[key])
+            axis.set_title(plain(labels[key]))
             axis.set_xlabel("sequence length")
             axis.tick_params(length=0, rotation=0)
         figure.supxlabel(
@@ -216,5 +248,5 @@ def overview_figure(
             color="#666666",
         )
         if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        figure.savefig(path)
+            figure.suptitle(plain(title), x=0.01, ha="left", fontsize=12)
+        save_figure(figure, path)

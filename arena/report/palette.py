@@ -21,7 +21,7 @@ _BASE = {
     "attention": ("#1a1a1a", "s"),
     "swa": ("#7f7f7f", "D"),
     "linear_attention": ("#a6761d", "v"),
-    "gla": ("#d9a514", "^"),
+    "gla": ("#d9a514", ">"),
     "mamba2": ("#2ca02c", "o"),
     "mamba3": ("#8fd14f", "P"),
     "deltanet": ("#9ecae1", "<"),
@@ -37,19 +37,25 @@ _BASE = {
     "lstm": ("#800026", "P"),
     "ttt_e2e": ("#525200", "8"),
 }
+# Far from each other and from the colours above (OKLab distance), for names that nobody has thought of yet.
 _SPARE = (
-    "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#b3b300", "#c49c6b", "#01857f", "#d95f02", "#8da0cb",
-    "#ad494a", "#637939", "#a55194",
+    "#1d5e70", "#a14174", "#047d51", "#a06cc4", "#752870", "#cb5e73", "#119b89", "#116bb5", "#774545",
+    "#184998", "#94ab39", "#6d6e01", "#37b880", "#7d98f5", "#e87a69", "#025c3b", "#5b4c76", "#7c9217",
+    "#905c08", "#0c777c",
 )  # fmt: skip
-_SPARE_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
+
+
+COLOURS = frozenset([*(colour for colour, _ in _BASE.values()), *_SPARE])
+"""Every colour that an architecture can have."""
 
 
 def look(arch: str) -> Look:
-    """Colour, marker and line of an architecture.
+    """Colour, marker and line of an architecture: a function of its name alone.
 
     ``-neg`` is the colour of its base, dashed; ``xlstm[a:b]`` and ``deltaproduct[n]`` look like their name
-    without the numbers. A name that is not in the list (a stack ``a+b``, an arm, a plug-in) gets spare ones
-    from a hash of the name.
+    without the numbers. A name that is not in the list (a stack ``a+b``, an arm, a plug-in) gets a spare
+    colour and marker from a hash of the name, dashed.
     """
     return _look(arch, 0)
 
@@ -58,31 +64,32 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     """The looks of all arms of a report, told apart.
 
     Each is :func:`look`'s where it is free. Of two names that would look the same, the later in the alphabet
-    takes the next spare colour or, in a family (``xlstm[1:1]``, ``xlstm[7:1]``), the family's colour with
-    another marker.
+    takes the next free marker; its colour stays, so that it is the same in every figure.
     """
     found: dict[str, Look] = {}
     for name in sorted(set(names), key=lambda name: (_base(name) not in _BASE, name)):
-        for turn in range(len(_SPARE) ** 2):
-            mine = _look(name, turn)
-            if mine not in found.values():
-                break
-        found[name] = mine
+        taken = set(found.values())
+        turns = (_look(name, turn) for turn in range(len(_MARKERS)))
+        found[name] = next((mine for mine in turns if mine not in taken), _look(name, 0))
     return found
 
 
 def _look(arch: str, turn: int) -> Look:
-    """The look of an architecture, or the ``turn``-th alternative to it."""
+    """The look of an architecture, or with the ``turn``-th marker after its own."""
     base = _base(arch)
     if base in _BASE:
         colour, marker = _BASE[base]
-        if turn:
-            others = [other for other in _SPARE_MARKERS if other != marker]
-            marker = others[(turn - 1) % len(others)]
-        return Look(colour, marker, re.sub(r"\[.*?\]", "", arch).endswith("-neg"))
-    number = int.from_bytes(hashlib.sha256(base.encode()).digest()[:4], "big") + turn
-    place = number + turn // len(_SPARE)  # every colour taken: the same ones with other markers
-    return Look(_SPARE[number % len(_SPARE)], _SPARE_MARKERS[place % len(_SPARE_MARKERS)], True)
+        dashed = re.sub(r"\[.*?\]", "", arch).endswith("-neg")
+    else:
+        number = int.from_bytes(hashlib.sha256(base.encode()).digest()[:8], "big")
+        colour = _SPARE[number % len(_SPARE)]
+        marker = _MARKERS[number // len(_SPARE) % len(_MARKERS)]
+        dashed = True
+    if turn:
+        others = [other for other in _MARKERS if other != marker]
+        start = _MARKERS.index(marker) if marker in _MARKERS else 0
+        marker = others[(start + turn - 1) % len(others)]
+    return Look(colour, marker, dashed)
 
 
 def _base(name: str) -> str:

@@ -1,11 +1,9 @@
-"""A report: printed in the terminal, and written as Markdown, tables and figures to ``DIR/report``."""
+"""A report: printed in the terminal, and written as page, Markdown, tables, figures to ``DIR/report``."""
 
 from __future__ import annotations
 
-import tomllib
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 from rich.console import Console
@@ -13,34 +11,34 @@ from rich.console import Console
 from arena.grid.plan import TESTED_STAGES
 from arena.grid.results import load_environments, load_results
 from arena.grid.store import StoreError, read_plan
+from arena.report.about import asked_section, repeat_section, unfinished_section, versions_section
+from arena.report.accuracy import accuracy_sections
 from arena.report.document import Document, Section, print_document, to_markdown
-from arena.report.palette import Look, family_order, looks
-from arena.report.tables import (
-    SOLVED,
-    accuracy_table,
-    budget_table,
-    chosen_points,
-    mixtures,
-    overall_table,
-    runs_table,
-    task_labels,
-)
-from arena.statistics import MIN_UNITS
-
-_BUDGET = ("parameters", "state bytes", "tokens", "unmatched")
+from arena.report.page import write_html
+from arena.report.palette import family_order, looks
+from arena.report.request import in_file_order, read_request
+from arena.report.tables import mixtures, runs_table, task_labels
 
 
-def make_report(directory: str | Path, console: Console | None = None) -> list[Path]:
+def make_report(
+    directory: str | Path,
+    console: Console | None = None,
+    *,
+    before: Sequence[Section] = (),
+    after: Sequence[Section] = (),
+) -> list[Path]:
     """Print the report of a result folder and write it.
 
     Args:
         directory: a result folder, of a plain grid or of tuning.
         console: where to print; None: nowhere.
+        before: sections of another room with the answer to what was asked (an ablation); they stand first.
+        after: sections of another room that explain it (the dynamics); they stand after the accuracies.
 
     Returns:
-        The files written to ``DIR/report``: report.md, tables as .csv and .parquet (runs, accuracy, overall,
-        budget; of tuning also points, best_of_n, panel, window, importance, spent, ledger, verdicts),
-        figures as .png.
+        The files written to ``DIR/report``: page.html (one file, with everything in it), report.md, tables as
+        .csv and .parquet (runs, accuracy, overall, budget, surfaces; of tuning also points, best_of_n, panel,
+        window, importance, spent, ledger, verdicts), figures as .png, each with its .svg beside it.
 
     Raises:
         StoreError: no result folder, or nothing in it.
@@ -50,39 +48,56 @@ def make_report(directory: str | Path, console: Console | None = None) -> list[P
     if rows.is_empty():
         raise StoreError(f"{directory} holds no results yet: arena grid trains them")
     plan = read_plan(directory)
-    request = _request(directory)
+    planned = len(plan["runs"]) if plan is not None else None
+    request = read_request(directory)
+    environments = load_environments(directory)
     title = str(request.get("title") or request.get("name") or "Results")
-    notes = _notes(rows, len(plan["runs"]) if plan is not None else None)
-    notes += [f"MIXED {line}" for line in mixtures(rows, load_environments(directory))]
+    notes = _notes(rows, planned)
+    notes += [f"MIXED {line}" for line in mixtures(rows, environments)]
 
     folder = directory / "report"
     folder.mkdir(exist_ok=True)
     frames = {"runs": runs_table(rows)}
     sections: list[Section] = []
-    labels = _in_file_order(task_labels(rows), request)
+    labels = in_file_order(task_labels(rows), request)
     names = sorted(set(rows["arm"]), key=family_order)
     found = looks(names)
     styles = {name: found[name] for name in names}
     stages = set(rows["stage"])
+    tuned = not stages <= {"grid"}
     # Tuning reports the winners on fresh seeds; a plain grid reports all it has.
-    tested = rows.filter(pl.col("stage") == ("grid" if stages <= {"grid"} else "final"))
+    tested = rows.filter(pl.col("stage") == ("final" if tuned else "grid"))
     if tested["status"].is_in(["done", "diverged"]).any():
-        sections, tables, several = _accuracy(tested, labels, styles, folder, title)
+        sections, tables, told = accuracy_sections(tested, labels, styles, folder, title)
         frames |= tables
-        if several:
-            notes.append(
-                "Of several learning rates or weight decays, the one that is best on split valid is shown, "
-                "for each architecture and task; all are in accuracy.csv."
-            )
-    if not stages <= {"grid"}:
+        notes += told
+    searched: list[Section] = []
+    if tuned:
         from arena.report.evidence import evidence
 
-        before, after, tables = evidence(rows, directory, request, labels, styles)
-        sections = before + sections + after
+        verdicts, searched, tables = evidence(rows, directory, request, labels, styles)
+        if "verdicts" in tables or not before:  # none declared is no news where something else was asked
+            sections = verdicts + sections
         frames |= tables
-    document = Document(title=title, claim=str(request.get("claim", "")), notes=notes, sections=sections)
-    written = [folder / "report.md"]
-    written[0].write_text(to_markdown(document), encoding="utf-8")
+    asked, repeat = asked_section(request, tuned=tuned), repeat_section(directory, request, rows)
+    document = Document(
+        title=title,
+        claim=str(request["claim"]) if isinstance(request.get("claim"), str) else "",
+        notes=notes,
+        sections=[
+            *([asked] if asked is not None else []),
+            *before,
+            *sections,
+            *after,
+            *searched,
+            unfinished_section(frames["runs"], planned),
+            versions_section(rows, environments),
+            *([repeat] if repeat is not None else []),
+        ],
+    )
+    written = [folder / "page.html", folder / "report.md"]
+    write_html(document, written[0])
+    written[1].write_text(to_markdown(document, folder), encoding="utf-8")
     for name, frame in frames.items():
         nested = [column for column, kind in frame.schema.items() if isinstance(kind, pl.List)]
         frame.write_parquet(folder / f"{name}.parquet")
@@ -90,53 +105,7 @@ def make_report(directory: str | Path, console: Console | None = None) -> list[P
         written += [folder / f"{name}.csv", folder / f"{name}.parquet"]
     if console is not None:
         print_document(document, console)
-    return written + [path for section in sections for path in section.figures]
-
-
-def _accuracy(
-    tested: pl.DataFrame,
-    labels: dict[tuple[str, str], str],
-    styles: dict[str, Look],
-    folder: Path,
-    title: str,
-) -> tuple[list[Section], dict[str, pl.DataFrame], bool]:
-    """Sections and tables of what was measured on test, and whether points had to be chosen."""
-    from arena.report.figure import accuracy_figure, overview_figure
-
-    points = chosen_points(tested)
-    keys = ["task", "task_params", "arm", "trial"]
-    best = tested.join(points.select(keys), on=keys, how="semi")
-    frames = {
-        "accuracy": accuracy_table(tested),
-        "overall": overall_table(best),
-        "budget": budget_table(best),
-    }
-    chosen = frames["accuracy"].join(points.select(keys), on=keys, how="semi")
-    there = set(chosen.select("task", "task_params").iter_rows())
-    labels = {key: label for key, label in labels.items() if key in there}
-    figures = [folder / "accuracy.png", folder / "overview.png"]
-    accuracy_figure(best, labels, figures[0], title=title, styles=styles)
-    overview_figure(chosen, labels, figures[1], title=title)
-    sections = [_task_section(chosen, frames["budget"], key, label) for key, label in labels.items()]
-    if len(labels) > 1:
-        sections.append(_overall_section(frames["overall"]))
-    sections[-1] = replace(sections[-1], caption=_LEGEND)
-    sections.insert(0, Section(heading="", figures=figures))
-    return sections, frames, bool((points["points"] > 1).any())
-
-
-def _request(directory: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads((directory / "experiment.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _in_file_order(labels: dict[tuple[str, str], str], request: dict[str, Any]) -> dict[tuple[str, str], str]:
-    order = [entry.get("name") for entry in request.get("tasks", [])]
-    return dict(
-        sorted(labels.items(), key=lambda item: order.index(item[0][0]) if item[0][0] in order else 999)
-    )
+    return written + [path for section in document.sections for path in section.figures]
 
 
 def _notes(rows: pl.DataFrame, planned: int | None) -> list[str]:
@@ -179,81 +148,3 @@ def _notes(rows: pl.DataFrame, planned: int | None) -> list[str]:
             "Lengths marked * have so few sequences that training may have met them all: they are no test."
         )
     return notes
-
-
-_LEGEND = (
-    f"A cell: mean accuracy over the runs (lowest..highest run) solved/runs; from {MIN_UNITS} runs on, "
-    "interquartile mean [its 95 % bootstrap interval] instead of mean and range. "
-    "A run solves a length when its chance-scaled accuracy, (accuracy - chance) / (1 - chance), is at least "
-    f"{SOLVED}. "
-    "Exact solve-rate intervals, chance-scaled and whole-sequence accuracy: accuracy.csv. "
-    "State bytes: what one sequence carries at the longest length. "
-    "Unmatched: differs from the median architecture (parameters, tokens: by over 2 %)."
-)
-
-
-def _task_section(table: pl.DataFrame, budget: pl.DataFrame, key: tuple[str, str], label: str) -> Section:
-    """Architectures by length, the best at the longest length first."""
-    cells = table.filter(task=key[0], task_params=key[1])
-    costs = {row["arm"]: row for row in budget.filter(task=key[0], task_params=key[1]).iter_rows(named=True)}
-    lengths = sorted(cells["eval_length"].unique())
-    longest = dict(cells.filter(eval_length=lengths[-1]).select("arm", "mean").iter_rows())
-    rows = []
-    for arm in sorted(
-        cells["arm"].unique(), key=lambda name: (-round(longest.get(name, 0.0), 2), family_order(name))
-    ):
-        texts = []
-        for length in lengths:
-            found = cells.filter(arm=arm, eval_length=length).to_dicts()
-            texts.append(" ".join(_accuracy_text(cell) for cell in found) or "-")
-        cost = costs[arm]
-        rows.append(
-            [
-                arm,
-                *texts,
-                f"{cost['params']:,}",
-                f"{cost['state_bytes']:,}",
-                f"{cost['train_tokens']:,}",
-                cost["unmatched"] or "",
-            ]
-        )
-    chance = (
-        cells.group_by("eval_length").agg(pl.col("chance").first()).sort("eval_length")["chance"].to_list()
-    )
-    rows.append(
-        ["chance", *(f"{value:.2f}" if value is not None else "-" for value in chance), "", "", "", ""]
-    )
-    seen = set(cells.filter(split="train")["eval_length"])
-    heads = [f"length {length}{'*' if length in seen else ''}" for length in lengths]
-    columns = ["architecture", *heads, *_BUDGET]
-    return Section(heading=label, columns=columns, rows=rows, wide=len(_BUDGET))
-
-
-def _accuracy_text(cell: dict[str, Any]) -> str:
-    if cell["runs"] == 1:
-        return f"{cell['mean']:.2f}"
-    solved = f"{cell['solved']}/{cell['runs']}"
-    if cell["iqm_low"] is not None:
-        return f"{cell['iqm']:.2f} [{cell['iqm_low']:.2f}, {cell['iqm_high']:.2f}] {solved}"
-    return f"{cell['mean']:.2f} ({cell['min']:.2f}..{cell['max']:.2f}) {solved}"
-
-
-def _overall_section(overall: pl.DataFrame) -> Section:
-    rows = []
-    for row in overall.iter_rows(named=True):
-        if row["low"] is not None:
-            spread = f"{row['iqm']:z.2f} [{row['low']:z.2f}, {row['high']:z.2f}]"
-        else:
-            spread = f"{row['min']:z.2f}..{row['max']:z.2f}"
-        solved = f"{row['solved']}/{row['units']} [{row['solve_low']:.2f}, {row['solve_high']:.2f}]"
-        rows.append([row["arm"], f"{row['mean']:z.2f}", spread, solved])
-    return Section(
-        heading="all tasks, each at its longest length",
-        columns=[
-            "architecture",
-            "chance-scaled accuracy",
-            "range, or IQM [interval]",
-            "solved [95 % interval]",
-        ],
-        rows=rows,
-    )

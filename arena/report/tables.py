@@ -251,6 +251,13 @@ def mixtures(rows: pl.DataFrame, environments: Mapping[str, Mapping[str, Any]]) 
     for (task,), part in done.group_by("task", maintain_order=True):  # a version names the task's own one
         if part["version"].n_unique() > 1:
             lines.append(f"version of {task}: " + " / ".join(sorted(part["version"].unique())))
+    facts = environment_facts(environments)
+    lines += [f"{name}: " + " / ".join(sorted(found)) for name, found in facts.items() if len(found) > 1]
+    return lines
+
+
+def environment_facts(environments: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
+    """What the environments of runs say, by name (``packages torch``, ``commit``): the values that occur."""
     facts: dict[str, set[str]] = {}
     for around in environments.values():
         for key, value in around.items():
@@ -258,8 +265,7 @@ def mixtures(rows: pl.DataFrame, environments: Mapping[str, Mapping[str, Any]]) 
             entries = {f"{key} {part}".strip(): entry for part, entry in inner.items()}
             for name, entry in entries.items():
                 facts.setdefault(name, set()).add(_short(entry))
-    lines += [f"{name}: " + " / ".join(sorted(found)) for name, found in facts.items() if len(found) > 1]
-    return lines
+    return facts
 
 
 def _short(value: Any) -> str:

@@ -22,7 +22,7 @@ _BASE = {
     "swa": ("#7f7f7f", "D"),
     "linear_attention": ("#a6761d", "v"),
     "gla": ("#d9a514", ">"),
-    "mamba2": ("#2ca02c", "o"),
+    "mamba2": ("#2ca02c", "d"),
     "mamba3": ("#8fd14f", "P"),
     "deltanet": ("#9ecae1", "<"),
     "gdn": ("#4292c6", "o"),

@@ -57,7 +57,7 @@ def test_every_point_is_tuned_tested_and_reported(here, tmp_path):
     assert set(effects["kind"]) == {"main", "interaction"} and not effects["claim"].any()
     assert (folder / "ablation" / "ablation.png").stat().st_size > 10_000
     text = (folder / "ablation" / "ablation.md").read_text()
-    assert "![points and main effects](ablation.png)" in text and "## left out" in text
+    assert "![ablation](ablation.png)" in text and "## left out" in text
     request = json.loads((folder / "ablation" / "request.json").read_text())
     assert request["points"] == names and request["tasks"] == ["parity"]
 

@@ -262,6 +262,7 @@ TRACE_FIELDS: dict[str, TraceField] = {
     "angle": TraceField(
         "B M H P", "rad", "by how much the memory turns, with its decay, in key channels 2 i and 2 i + 1"
     ),
+    "lag": TraceField("B M H 1", "token", "how long before its token the value was read; where absent, 0"),
     "step": TraceField("B M H 1", "1", "step size from which decay and write both come"),
     "input_gate": TraceField(
         "B T H V|1", "1", "pre-activation of the input gate (ln of an exponential write)"

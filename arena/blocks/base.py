@@ -30,12 +30,15 @@ class Block(nn.Module):
         mlp: Which MLP the model puts after the block: ``"swiglu"`` (the model's default one), ``"gelu"``
             (gated GELU of factor 1.3, official sLSTM) or ``"none"`` (official mLSTM and Mamba-2).
         micro_steps: Updates of a matrix memory a token; see ``arena.memory.TRACE_FIELDS``.
+        gate_steps: How many of these have gates of their own, which can be changed one by one: all, or one,
+            where a token's gates decide on all of its updates (Mamba-3).
         map_out: Attribute that holds the ``nn.Linear`` that is the very last thing the block does, so that a
             model can put a convolution after it; ``""``: the block ends without one; None: it does not say.
     """
 
     mlp: Literal["swiglu", "gelu", "none"] = "swiglu"
     micro_steps: int = 1
+    gate_steps: int = 1
     map_out: str | None = None
 
     def __init__(self, d_model: int) -> None:

@@ -42,7 +42,7 @@ class GateValues(NamedTuple):
     present: Tensor | None = None
     """[B,T,H]: share of write that goes to this token, the rest to the one before (Mamba-3)."""
     angle: Tensor | None = None
-    """[B,T,H,P] float64: by how much the token turns each pair of key channels, in rad (Mamba-3)."""
+    """[B,T,H,P] float64: by how much the token turns the memory, in pairs of key channels (Mamba-3)."""
 
 
 class StepDecay(nn.Module):

@@ -5,9 +5,10 @@ Lahoti et al., arXiv 2603.15569, section 3. Per head, with keys B, queries C, va
     h_t = alpha_t h_{t-1} + beta_t b_{t-1} x_{t-1}^T + gamma_t b_t x_t^T        y_t = h_t^T c_t
     alpha = exp(Delta A)    beta = (1 - lambda) Delta alpha    gamma = lambda Delta
 
-where b_t and c_t are B_t and C_t turned by the sum of all angles theta_1 + ... + theta_t, pair of channels by
-pair. That is the real form of a complex memory: beside B and C themselves, h would turn by -theta_t at every
-token, so that its eigenvalues are alpha_t exp(+-i theta_t). All of A, Delta, lambda and theta come from the
+where b_t and c_t are B_t and C_t turned back by the sum of all angles theta_1 + ... + theta_t, channel pair
+by pair. That is the real form of a complex memory: in the frame of B and C themselves, h turns by theta_t at
+every token, so that the eigenvalues of its transition are alpha_t exp(+-i theta_t). (Code that turns B and C
+forward has the opposite sign of theta.) All of A, Delta, lambda and theta come from the
 token: Delta = softplus(. + dt_bias), A = -max(act(.), 1e-4), lambda = sigmoid(.), theta = pi tanh(.) Delta
 with one pre-activation for all heads. MIMO of rank R writes and reads R keys and queries a token,
 h_t = alpha_t h_{t-1} + sum_r (...) b_{t,r} (m_r * x_t)^T, m_r a learned vector.

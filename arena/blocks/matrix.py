@@ -63,7 +63,7 @@ class MemoryBlock(Block):
     def __init__(self, *, d_model: int, n_heads: int, spec: GateSpec, key_dim: int, value_dim: int) -> None:
         super().__init__(d_model)
         self.spec = spec
-        self.micro_steps = spec.micro_steps
+        self.micro_steps = self.gate_steps = spec.micro_steps
         self.n_heads = n_heads
         self.key_dim = key_dim
         self.value_dim = value_dim

@@ -122,7 +122,7 @@ class Mamba3Memory(MemoryBlock):
         new: State = {}
         if gates.angle is not None:
             angle = torch.cat([state["angle"][:, None], gates.angle], 1).cumsum(1)
-            q, k = (rotated(x, angle[:, 1:, :, None]) for x in (q, k))
+            q, k = (rotated(x, -angle[:, 1:, :, None]) for x in (q, k))
             new["angle"] = torch.remainder(angle[:, -1] + math.pi, 2 * math.pi) - math.pi
         # from here on index t of k_all, v_all and now_all is the token before token t
         k_all = torch.cat([state["key"][:, None].to(k.dtype), k], 1)
@@ -170,10 +170,10 @@ class Mamba3Memory(MemoryBlock):
         """See :class:`~arena.blocks.base.Block`.
 
         2 R micro-steps a token, in the frame of q and k as they are before they are turned, so that
-        ``state^T q`` is the read: the first one turns the memory by ``angle`` = -theta, lets it decay and
-        writes the token before (its key turned along) with weight beta, the last R write this one with
-        weight gamma. With R > 1 a token has R queries, for which the vocabulary has no name: ``q`` is left
-        out, and so is the output gate of the official layer; ``read`` is what the reads give together.
+        ``state^T q`` is the read: the first one turns the memory by ``angle``, lets it decay and begins to
+        write the token before (``lag`` 1; its key turned along) with weight beta, the last R write this one
+        with weight gamma. With R > 1 a token has R queries, for which the vocabulary has no name: ``q`` is
+        left out, and so is the output gate of the official layer; ``read`` is what the reads give together.
         """
         into = self.inputs(x, state)
         gates, R, T = into.gates, self.rank, x.shape[1]
@@ -183,12 +183,13 @@ class Mamba3Memory(MemoryBlock):
             state = self.initial_state(x.shape[0], device=x.device, dtype=x.dtype)
         key = state["key"].to(x.dtype)
         if gates.angle is not None:
-            key = rotated(key, -state["angle"][:, :, None])  # out of the frame that turns
+            key = rotated(key, state["angle"][:, :, None])  # out of the frame that turns
         k_all = torch.cat([key[:, None], into.k], 1)
         v_all = self.values(torch.cat([state["value"][:, None].to(x.dtype), into.v], 1))
         k_before = k_all[:, :T]
         if gates.angle is not None:
-            k_before = rotated(k_before, -gates.angle[:, :, :, None])
+            k_before = rotated(k_before, gates.angle[:, :, :, None])
+        lag = log_decay.new_tensor([1.0] * R + [0.0] * R).repeat(T)[None, :, None, None]
         writes = torch.stack([log_decay.exp() * (1 - present) * step, present * step], 2)
         log_decay = at_micro_step(log_decay, 0, 2 * R)[..., None]
         trace = {
@@ -199,10 +200,11 @@ class Mamba3Memory(MemoryBlock):
             "erase": torch.zeros_like(log_decay),
             "write": writes.repeat_interleave(R, 2).flatten(1, 2)[..., None],
             "step": step.repeat_interleave(2 * R, 1)[..., None],
+            "lag": lag.expand(x.shape[0], -1, self.n_heads, -1),
             "read": self.combined(self.recall(into, state)[0]),
         }
         if gates.angle is not None:
-            trace["angle"] = at_micro_step(-gates.angle, 0, 2 * R)
+            trace["angle"] = at_micro_step(gates.angle, 0, 2 * R)
         factor = self.output_gate(x, into)
         if R == 1:
             trace["q"] = into.q[:, :, :, 0] * (self.key_dim**-0.5 if self.scale is None else self.scale)
@@ -221,7 +223,7 @@ class Mamba3Memory(MemoryBlock):
             _, state = self.recall(Inputs(q, k, v, gates, {}), state)
             memory = state["memory"]
             if "angle" in state:
-                memory = rotated(memory.mT, -state["angle"][:, :, None]).mT
+                memory = rotated(memory.mT, state["angle"][:, :, None]).mT
             every.append(memory)
         return torch.stack(every, 1)
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from arena.dynamics.classes import token_classes
 from arena.dynamics.hooks import gates_of, hooked
-from arena.dynamics.intervene import Edit, changed_share, check, edited, prepare
+from arena.dynamics.intervene import GATES, Edit, changed_share, check, edited, prepare
 from arena.dynamics.record import blocks_of, record
-from arena.dynamics.state import by_token, micro_steps
+from arena.dynamics.state import transition_fields
 from arena.dynamics.transition import eigenvalues, key_eigenvalue, token_matrix
 from arena.statistics import MIN_UNITS, clopper_pearson
 
@@ -158,24 +158,25 @@ def _draws(count: int, seed: int) -> np.ndarray:
     return draws / count
 
 
-def least_eigenvalue(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
-    """Least real part of the eigenvalues of (I - k e^T) D, e = erase * k, D = diag(decay).
+def least_eigenvalue(k: Tensor, decay: Tensor, erase: Tensor, angle: Tensor | None = None) -> Tensor:
+    """Least real part of the eigenvalues of (I - k e^T) D R, e = erase * k, D = diag(decay), R the rotation.
 
     Args:
         k: [...,n,H,K], of the n micro-steps of a token, whose product counts.
         decay: [...,n,H,K] or [...,n,H,1], signed.
         erase: [...,n,H,K] or [...,n,H,1].
+        angle: [...,n,H,P] or None.
 
     Returns:
         [...,H]. Of one step with a decay a that is one a head the eigenvalues are a (K - 1 times) and a (1 -
         e . k); others are computed.
     """
-    if k.shape[-3] == 1 and decay.shape[-1] == 1:
+    if k.shape[-3] == 1 and decay.shape[-1] == 1 and angle is None:
         k, decay, erase = (x[..., 0, :, :] for x in (k, decay, erase))
         a = decay[..., 0].double()
         along = a * key_eigenvalue(k, erase)
         return torch.minimum(along, a) if k.shape[-1] > 1 else along
-    return eigenvalues(token_matrix(k, decay, erase))[..., 0].real
+    return eigenvalues(token_matrix(k, decay, erase, angle))[..., 0].real
 
 
 def head_eigenvalues(model: nn.Module, tokens: Tensor, classes: Mapping[str, Tensor]) -> pl.DataFrame:
@@ -194,9 +195,9 @@ def head_eigenvalues(model: nn.Module, tokens: Tensor, classes: Mapping[str, Ten
             places = mask.nonzero()
             places = places[:: -(-len(places) // MOST_TOKENS) or 1]
             if len(places):
-                fields = (by_token(trace[field], micro_steps(trace)) for field in ("k", "decay", "erase"))
-                at = [x[places[:, 0], places[:, 1]] for x in fields]
-                means = least_eigenvalue(*at).mean(0).tolist()
+                fields = transition_fields(trace)
+                at = {field: x[places[:, 0], places[:, 1]] for field, x in fields.items()}
+                means = least_eigenvalue(**at).mean(0).tolist()
                 rows += [
                     {"layer": layer, "head": head, "tokens": name, "least_eigenvalue": mean}
                     | {"n_tokens": len(places)}
@@ -245,7 +246,7 @@ def standard_interventions(
         if edits:
             found.append(Intervention(edits=tuple(edits), role=role))
 
-    for gate in ("decay", "erase", "write", "output"):
+    for gate in GATES:
         add(places, "all", gate, "freeze")
         for place in places:
             add([place], "head", gate, "freeze")

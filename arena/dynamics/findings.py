@@ -13,7 +13,7 @@ from arena.dynamics.study import Tables
 from arena.report.palette import family_order
 
 Key = tuple[str, str]
-GATES = ("decay", "erase", "write", "output")
+GATES = ("decay", "erase", "write", "angle", "output")
 _PLACE = ("arm", "run_id", "seed", "layer", "head", "micro")
 
 

@@ -84,7 +84,7 @@ def hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
             for name in ("forward", "trace", "initial_state") if gates_of(block) else ():
                 wrap(block, name, _follow(name, place, positions))
             if isinstance(block, MemoryBlock):
-                wrap(block, "inputs", _hook_inputs(layer, hook, place, block.micro_steps))
+                wrap(block, "inputs", _hook_inputs(layer, hook, place, block.gate_steps))
                 wrap(block, "output_gate", _hook_output_gate(layer, hook, place))
             elif isinstance(block, RecurrentBlock):
                 wrap(block, "cell", _hook_cell(layer, block, hook, place))
@@ -155,7 +155,7 @@ def _hook_module(layer: int, hook: Hook, place: _Place) -> Callable[[Any], Any]:
 
 
 def _memory_gates(gates: GateValues) -> dict[str, Tensor]:
-    """Decay (signed), erase and write where they exist, [B,T,H] or [B,T,H,C]."""
+    """Decay (signed), erase, write and angle where they exist, [B,T,H] or [B,T,H,C]."""
     values = {}
     if gates.log_decay is not None:
         decay = gates.log_decay.exp()
@@ -164,6 +164,8 @@ def _memory_gates(gates: GateValues) -> dict[str, Tensor]:
         values["erase"] = gates.erase
     if gates.write is not None:
         values["write"] = gates.write
+    if gates.angle is not None:
+        values["angle"] = gates.angle
     return values
 
 
@@ -199,7 +201,7 @@ def _changed_gates(gates: GateValues, layer: int, hook: Hook, start: int | None,
         if value is before[name]:
             continue
         same = value == before[name]
-        if value.shape[-1] == 1:
+        if value.shape[-1] == 1 and name != "angle":
             value, same = value[..., 0], same[..., 0]
         if name == "decay":
             if bool((value.abs() > 1).any()):

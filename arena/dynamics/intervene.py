@@ -30,7 +30,7 @@ from arena.blocks.registry import near
 from arena.dynamics.hooks import Hook, gates_of, hooked
 from arena.dynamics.record import blocks_of
 
-Gate = Literal["decay", "erase", "write", "output"]
+GATES = ("decay", "erase", "write", "angle", "output")
 Action = Literal["zero", "freeze", "clamp", "swap"]
 
 
@@ -39,15 +39,16 @@ class Edit:
     """One change of one gate.
 
     Gates have the names and values of the trace vocabulary: ``decay`` (signed), ``erase``, ``write`` (in
-    mLSTM, sLSTM and LSTM the value of the input gate; ``input`` means the same there), ``output``. Gates that
-    are tied in training are changed one by one: clamping the erase of DeltaNet leaves its write alone.
+    mLSTM, sLSTM and LSTM the value of the input gate; ``input`` means the same there; in Mamba-3 the step
+    that both of a token's writes share), ``angle``, ``output``. Gates that are tied in training are changed
+    one by one: clamping the erase of DeltaNet leaves its write alone.
 
     Raises:
         ValueError: a field makes no sense; the message says what would.
     """
 
     gate: str
-    """``decay``, ``erase``, ``write`` (or ``input``) or ``output``."""
+    """``decay``, ``erase``, ``write`` (or ``input``), ``angle`` or ``output``."""
     action: Action
     """``zero``; ``freeze`` at ``value``, or at the mean of each head and channel over the chosen tokens of
     other data; ``clamp`` into [low, high]; ``swap`` with what ``other`` says."""
@@ -70,8 +71,10 @@ class Edit:
     def __post_init__(self) -> None:
         if self.gate == "input":
             object.__setattr__(self, "gate", "write")
-        if self.gate not in get_args(Gate):
-            raise ValueError(f"there is no gate {self.gate!r}; gates: decay, erase, write, input, output")
+        if self.gate not in GATES:
+            raise ValueError(
+                f"there is no gate {self.gate!r}; gates: decay, erase, write, input, angle, output"
+            )
         if self.action not in get_args(Action):
             raise ValueError(f"cannot {self.action!r} a gate; actions: {', '.join(get_args(Action))}")
         clamp = self.action == "clamp"
@@ -85,7 +88,7 @@ class Edit:
             raise ValueError("swap, and nothing else, needs what to swap with: heads, tokens or a gate")
         if self.other is not None and self.other not in ("heads", "tokens", "decay", "erase", "write"):
             raise ValueError(f"cannot swap with {self.other!r}: heads, tokens, decay, erase or write")
-        if self.other == self.gate or (self.gate == "output" and self.other in get_args(Gate)):
+        if self.other == self.gate or (self.gate in ("output", "angle") and self.other in GATES):
             raise ValueError(f"cannot swap {self.gate} with {self.other}")
 
     @property
@@ -153,12 +156,12 @@ def check(model: nn.Module, edits: Sequence[Edit]) -> None:
             block = blocks[layer]
             known = gates_of(block)
             for gate in [edit.gate, edit.other]:
-                if gate in get_args(Gate) and gate not in known:
+                if gate in GATES and gate not in known:
                     have = f"its gates: {', '.join(known)}" if known else "it has no gates"
                     name = type(block).__name__
                     raise ValueError(f"{edit.what}: layer {layer} ({name}) has no {gate} gate; {have}")
-            if edit.other in get_args(Gate) and block.micro_steps > 1 and "decay" in (edit.gate, edit.other):
-                count = block.micro_steps
+            if edit.other in GATES and block.gate_steps > 1 and "decay" in (edit.gate, edit.other):
+                count = block.gate_steps
                 raise ValueError(f"{edit.what}: a token of layer {layer} has one decay, {count} of the other")
             n_heads = int(block.n_heads)  # type: ignore[arg-type]
             for head in edit.heads or ():

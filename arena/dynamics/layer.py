@@ -15,6 +15,7 @@ from arena.dynamics.gates import Correlation, Distribution
 from arena.dynamics.quantities import QUANTITIES
 from arena.dynamics.retention import (
     Past,
+    by_source,
     contribution_age,
     contributions,
     half_life,
@@ -29,13 +30,15 @@ from arena.dynamics.state import (
     growth_exponent,
     is_matrix_memory,
     micro_steps,
+    transition_fields,
+    value_lags,
     write_gate,
     writing_step,
 )
 from arena.dynamics.table import Rows
 from synthetic_tasks import ROLES
 
-GATES = ("decay", "erase", "write", "step", "input_gate", "forget_gate")
+GATES = ("decay", "erase", "write", "angle", "step", "input_gate", "forget_gate")
 _OF_READS = {"contribution", "memory_length", "contribution_age", "gain_beyond", "previous_write_share"}
 _OF_EIGENVALUES = {
     *("eigenvalue_min", "eigenvalue_max_imaginary", "spectral_radius"),
@@ -193,7 +196,7 @@ class LayerMeasurement:
     def _states(self, trace: Mapping[str, Tensor], start: int, stop: int) -> None:
         B, _, H, K = trace["k"].shape
         V, n = trace["v"].shape[-1], micro_steps(trace)
-        updates = {name: by_token(trace[name], n) for name in ("k", "v", "decay", "erase")}
+        fields, values = transition_fields(trace), by_token(trace["v"].double(), n)
         if self.state is None:
             step = writing_step(trace)
             if step is None:
@@ -205,13 +208,14 @@ class LayerMeasurement:
                 self.edits.begin(self.state)
         look = {t for t in self.grid.tolist() if start <= t < stop} if "state" in self.families else set()
         edit = set(self.edits.stops(start, stop)) if self.edits is not None else set()
-        write, times, singular, quotients = by_token(write_gate(trace), n), [], [], []
+        write, singular, quotients = by_token(write_gate(trace), n), list[Tensor](), list[Tensor]()
+        times = []
         before = {t - 1 for t in look if t > start}
 
         def quotient(t: int, state: Tensor) -> None:
             """Of token t of the trace, from the memory before it."""
-            gates = (updates[name][:, t] for name in ("k", "decay", "erase"))
-            quotients.append(tr.rayleigh_quotient(state[..., :V], *gates))
+            now = {name: x[:, t] for name, x in fields.items()}
+            quotients.append(tr.rayleigh_quotient(state[..., :V], **now))
 
         if start in look:
             quotient(0, self.state)
@@ -222,8 +226,7 @@ class LayerMeasurement:
                 times.append(start + t)
                 singular.append(tr.singular_values(state[..., :V]))
             if self.edits is not None and start + t in edit:
-                k, v = (updates[name][:, t, self.step].double() for name in ("k", "v"))
-                z = write[:, t, self.step] * v
+                k, z = fields["k"][:, t, self.step], write[:, t, self.step] * values[:, t, self.step]
                 self.edits.at(start + t, state, k, z, self._edit)
         if times:
             values, tokens = torch.stack(singular, 1), torch.tensor(times)  # [B,n,H,R]
@@ -239,19 +242,20 @@ class LayerMeasurement:
 
     def _transitions(self, trace: Mapping[str, Tensor], start: int, here: Tensor) -> None:
         n = micro_steps(trace)
-        fields = {name: by_token(trace[name].double(), n) for name in ("k", "decay", "erase")}
-        self.gram = self.gram + torch.einsum("btnhk,btnhl->hkl", fields["k"], fields["k"])
-        self.keys += fields["k"].shape[:3].numel()
+        fields = transition_fields(trace)
+        own = fields["k"][:, :, [lag == 0 for lag in value_lags(trace)]]
+        self.gram = self.gram + torch.einsum("btnhk,btnhl->hkl", own, own)
+        self.keys += own.shape[:3].numel()
         joined = {name: torch.cat([self.tail[name], x], 1) if self.tail else x for name, x in fields.items()}
         before = joined["k"].shape[1] - fields["k"].shape[1]
         self.tail = {name: x[:, max(x.shape[1] - self.window + 1, 0) :] for name, x in joined.items()}
         if not len(here):
             return
-        k, decay, erase = (fields[name][:, here - start] for name in ("k", "decay", "erase"))
-        along = tr.key_eigenvalue(k, erase)
+        now = {name: x[:, here - start] for name, x in fields.items()}
+        along = tr.key_eigenvalue(now["k"], now["erase"])
         for j in range(n):
             self._add("key_eigenvalue", along[:, :, j], here, j if n > 1 else None)
-        matrix = tr.token_matrix(k, decay, erase)
+        matrix = tr.token_matrix(**now)
         self._add("identity_distance", tr.identity_distance(matrix), here)
         if "reflection_distance" in self.wanted:
             self._add("reflection_distance", tr.reflection_distance(matrix), here)
@@ -274,9 +278,10 @@ class LayerMeasurement:
         whole = here[here - start + before >= self.window - 1]
         if len(whole) and self.wanted & _OF_WINDOWS:
             at = (whole - start + before)[None] - torch.arange(self.window - 1, -1, -1)[:, None]
-            product = tr.window_product(  # [B,w,points,n,H,*] to [w n,B,points,H,*]
-                *(joined[g][:, at].movedim((1, 3), (0, 1)).flatten(0, 1) for g in ("k", "decay", "erase"))
-            )
+            steps = {  # [B,w,points,n,H,*] to [w n,B,points,H,*]
+                name: x[:, at].movedim((1, 3), (0, 1)).flatten(0, 1) for name, x in joined.items()
+            }
+            product = tr.window_product(**steps)
             self._add("window_norm", tr.singular_values(product)[..., 0], whole)
             found = tr.eigenvalues(product)
             self._add("window_radius", found.abs().amax(-1), whole)
@@ -303,8 +308,8 @@ class LayerMeasurement:
             return
         self.past.append(Past(start, vectors))
         if len(token):
-            found = contributions(self.past, sequence, token, self.horizon)
-            self._contributions(sequence, token, *found)
+            weights, gain = contributions(self.past, sequence, token, self.horizon)
+            self._contributions(sequence, token, by_source(weights, value_lags(trace)), gain)
         later = self.read_at[self.read_at >= stop]
         oldest = int(later.min()) - self.horizon if later.numel() else stop
         self.past = [p for p in self.past if p.start + p.trace["start"].shape[1] > oldest]
@@ -347,7 +352,7 @@ class LayerMeasurement:
 def _gate_parts(trace: Mapping[str, Tensor]) -> dict[str, dict[int | None, Tensor]]:
     """Gate -> micro-step -> values [B,T,H,C]; of the token (None) where it has one micro-step.
 
-    Decay is of the token, the product over its micro-steps.
+    Decay and angle are of the token, the product or sum over its micro-steps.
     """
     gates = {name: trace[name].double() for name in GATES if name in trace}
     if "write" in gates and is_matrix_memory(trace):
@@ -356,8 +361,9 @@ def _gate_parts(trace: Mapping[str, Tensor]) -> dict[str, dict[int | None, Tenso
     if n == 1:
         return {name: {None: gate} for name, gate in gates.items()}
     parts = {name: by_token(gate, n) for name, gate in gates.items()}
+    of_token = {"decay": torch.prod, "angle": torch.sum}
     return {
-        name: {None: part.prod(2)} if name == "decay" else dict(enumerate(part.unbind(2)))
+        name: {None: of_token[name](part, 2)} if name in of_token else dict(enumerate(part.unbind(2)))
         for name, part in parts.items()
     }
 

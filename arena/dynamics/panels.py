@@ -301,7 +301,8 @@ def effect_panel(tables: Tables, longest: pl.DataFrame) -> Panel:
         )
         if mine.is_empty():
             return False
-        gates = ("decay", "erase", "write", "output")
+        frozen = set(mine["gate"])
+        gates = [gate for gate in ("decay", "erase", "write", "angle", "output") if gate in frozen]
         lost = np.full((len(arms), len(gates)), np.nan)
         for (arm, gate), part in mine.group_by("arm", "gate"):
             lost[arms.index(str(arm)), gates.index(str(gate))] = -part["effect"].mean()  # type: ignore[operator]

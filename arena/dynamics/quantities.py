@@ -26,12 +26,15 @@ QUANTITIES: dict[str, Quantity] = {
         "gates", "1", _GATE_ROWS, "part of the old value at the key that is taken out", "e_t = erase_t * k_t"
     ),
     "write": Quantity("gates", "1", _GATE_ROWS, "factor on the value that is written", "z_t = write_t * v_t"),
+    "angle": Quantity(
+        "gates", "rad", _GATE_ROWS, "by how much the memory turns, in pairs of key channels", "R_t in D_t R_t"
+    ),
     "step": Quantity(
         "gates",
         "1",
         _GATE_ROWS,
-        "step size from which decay and write both come (Mamba-2)",
-        "decay = exp(-A step), write = step",
+        "step size from which decay and write both come (Mamba-2, Mamba-3)",
+        "decay = exp(-A step), write = step; Mamba-3: (1 - lambda) decay step, then lambda step",
     ),
     "input_gate": Quantity(
         "gates",
@@ -150,7 +153,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "token",
         "smallest real part of an eigenvalue of the transition",
-        "min_i Re l_i(M_t), M_t = (I - k_t e_t^T) D_t",
+        "min_i Re l_i(M_t), M_t = (I - k_t e_t^T) D_t R_t",
     ),
     "eigenvalue_max_imaginary": Quantity(
         "transition",

@@ -8,7 +8,8 @@ matrix memory,
 so that the weight of every earlier token follows from one vector carried backwards, a_t = q_t, a_{s-1} =
 M_s^T a_s, without any stored memory. Where gates are per value channel, w is the mean over the channels of
 d read_t / d v_s, gates given. A token of n micro-steps has n values and a weight for each: w(t,s,j). Its
-weight among tokens is sum_j |w(t,s,j)|.
+weight among tokens is sum_j |w(t,s,j)|. What a micro-step writes of the token before (``lag``) counts there,
+:func:`by_source`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from arena.blocks.trapezoid import rotated
 from arena.dynamics.state import by_token, is_matrix_memory, micro_steps, write_gate
 
 LN_2 = math.log(2)
@@ -57,6 +59,8 @@ def remembered(
         The vectors (of a matrix memory [B,T,n,H,*], but for the query), and ``log_norm`` after this chunk.
     """
     if is_matrix_memory(trace):
+        if "q" not in trace:  # several queries a token, mixed per value channel: no one weight of a value
+            return {}, None
         k, n = trace["k"].double(), micro_steps(trace)
         scale = trace["normaliser"].double() if "normaliser" in trace else 1.0
         updates = {
@@ -65,6 +69,8 @@ def remembered(
             "decay": trace["decay"].double().expand_as(k),
             "write": write_gate(trace).mean(-1),
         }
+        if "angle" in trace:
+            updates["angle"] = trace["angle"].double()
         vectors = {name: by_token(x, n) for name, x in updates.items()}
         return {"start": trace["q"].double() / scale, **vectors}, None
     if "cell" not in trace or "decay" not in trace:
@@ -125,6 +131,8 @@ def contributions(
                     along = (ahead * now["k"][:, j]).sum(-1)
                     values.insert(0, along * now["write"][:, j])
                     ahead = now["decay"][:, j] * (ahead - now["e"][:, j] * along[..., None])
+                    if "angle" in now:
+                        ahead = rotated(ahead, -now["angle"][:, j])
                 value = torch.stack(values, -1)
             else:
                 value = (carried + now["log_write"]).exp().mean(-1, keepdim=True)
@@ -139,6 +147,22 @@ def contributions(
     cut = token + 1 > horizon
     left = carried.norm(dim=-1) / begun.norm(dim=-1) if matrix else (carried - begun).exp().mean(-1)
     return weights, torch.where(cut[:, None], left, 0.0)
+
+
+def by_source(weights: Tensor, lags: Sequence[int]) -> Tensor:
+    """Weights by the token whose value is read, where micro-steps write a value of the token before.
+
+    Args:
+        weights: [n,H,L,J] of :func:`contributions`.
+        lags: of each micro-step, 0 or 1. The j-th that lags writes the same value as the j-th that does not.
+
+    Returns:
+        [n,H,L,J'], J' the micro-steps that do not lag; what was read before the last L tokens is left out.
+    """
+    own, late = (weights[..., [lag == which for lag in lags]] for which in (0, 1))
+    if late.shape[-1]:
+        own[:, :, 1:] += late[:, :, :-1]
+    return own
 
 
 def memory_length(weights: Tensor) -> Tensor:

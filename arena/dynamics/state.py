@@ -1,5 +1,7 @@
 """The matrix memory itself, from the trace: S_t = (I - k_t e_t^T) D_t S_{t-1} + k_t z_t^T, in float64.
 
+With an ``angle`` in the trace (Mamba-3) D_t R_t stands in the place of D_t.
+
 A trace with ``k``, ``v``, ``decay``, ``erase`` and ``write`` determines the memory, so that one matrix a head
 is carried through the sequence and no block has to keep all of them. With n micro-steps a token these fields
 have n entries a token, and the memory after a token is that after the last of them.
@@ -12,8 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-MATRIX_FIELDS = ("q", "k", "v", "decay", "erase", "write", "read")
+from arena.blocks.trapezoid import rotated
+
+MATRIX_FIELDS = ("k", "v", "decay", "erase", "write", "read")
 """A trace with these is that of a matrix memory."""
+
+
+TRANSITION_FIELDS = ("k", "decay", "erase", "angle")
+"""What a token does to the memory that is there."""
 
 
 def is_matrix_memory(trace: Mapping[str, Tensor]) -> bool:
@@ -23,12 +31,24 @@ def is_matrix_memory(trace: Mapping[str, Tensor]) -> bool:
 
 def micro_steps(trace: Mapping[str, Tensor]) -> int:
     """How often a token updates the memory: n of DeltaProduct; 1 for everything without keys."""
-    return trace["k"].shape[1] // trace["q"].shape[1] if {"q", "k"} <= trace.keys() else 1
+    return trace["k"].shape[1] // trace["read"].shape[1] if {"k", "read"} <= trace.keys() else 1
 
 
 def by_token(x: Tensor, n: int) -> Tensor:
     """A field of n micro-steps a token, [B,T n,...] to [B,T,n,...]."""
     return x.unflatten(1, (-1, n))
+
+
+def transition_fields(trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of :data:`TRANSITION_FIELDS` that a trace has, [B,T,n,H,*] float64, n its micro-steps."""
+    n = micro_steps(trace)
+    return {name: by_token(trace[name].double(), n) for name in TRANSITION_FIELDS if name in trace}
+
+
+def value_lags(trace: Mapping[str, Tensor]) -> list[int]:
+    """For each micro-step how many tokens before its own the value was read (``lag``)."""
+    n = micro_steps(trace)
+    return [int(lag) for lag in trace["lag"][0, :n, 0, 0]] if "lag" in trace else [0] * n
 
 
 def writing_step(trace: Mapping[str, Tensor]) -> int | None:
@@ -54,7 +74,7 @@ def advance(
     """Carry the memory through the tokens of a trace.
 
     Args:
-        trace: Fields [B,T,H,*], ``q`` among them.
+        trace: Fields [B,T,H,*], ``read`` among them.
         state: [B,H,K,C] float64, the memory before the first token; it is overwritten. Columns beyond the V
             of the values follow the same recurrence with nothing written to them.
         wanted: Tokens of the trace, rising, to stop after.
@@ -71,7 +91,10 @@ def advance(
     e_t, k_t = (erase * k)[..., None, :].unbind(1), k[..., None].unbind(1)
     decay_t, z_t = decay[..., None].unbind(1), z[..., None, :].unbind(1)
     stops, n = set(wanted), micro_steps(trace)
+    angle = trace["angle"].double() if "angle" in trace else None
     for m in range(k.shape[1]):
+        if angle is not None and m % n == 0:
+            state.copy_(rotated(state.mT, angle[:, m, :, None]).mT)
         state.mul_(decay_t[m])
         new = z_t[m] - e_t[m] @ state if erases else z_t[m]
         state.addcmul_(k_t[m], new)

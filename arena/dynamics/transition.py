@@ -1,7 +1,8 @@
-"""What one token, or a window of tokens, does to the memory: the matrix M_t = (I - k_t e_t^T) D_t.
+"""What one token, or a window of tokens, does to the memory: the matrix M_t = (I - k_t e_t^T) D_t R_t.
 
-A token of n micro-steps does what their product does, M_t = M_{t,n} ... M_{t,1}. All functions take tensors
-of the trace vocabulary with any leading axes and compute in float64.
+R_t turns channels 2 i and 2 i + 1 by the trace's ``angle``; where there is none, R_t = 1. A token of n
+micro-steps does what their product does, M_t = M_{t,n} ... M_{t,1}. All functions take tensors of the trace
+vocabulary with any leading axes and compute in float64.
 """
 
 from __future__ import annotations
@@ -11,42 +12,47 @@ import cmath
 import torch
 from torch import Tensor
 
+from arena.blocks.trapezoid import rotated
 
-def transition_matrix(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
-    """M = (I - k e^T) D with e = erase * k, D = diag(decay).
+
+def transition_matrix(k: Tensor, decay: Tensor, erase: Tensor, angle: Tensor | None = None) -> Tensor:
+    """M = (I - k e^T) D R with e = erase * k, D = diag(decay), R the rotation by angle.
 
     Args:
         k: [...,K].
         decay: [...,K] or [...,1], signed.
         erase: [...,K] or [...,1].
+        angle: [...,P] or None.
 
     Returns:
         [...,K,K], float64.
     """
     k = k.double()
     decay = decay.double().expand_as(k)
-    return torch.diag_embed(decay) - k[..., :, None] * (erase.double() * k * decay)[..., None, :]
+    matrix = torch.diag_embed(decay) - k[..., :, None] * (erase.double() * k * decay)[..., None, :]
+    return matrix if angle is None else rotated(matrix, -angle.double()[..., None, :])
 
 
-def token_matrix(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
+def token_matrix(k: Tensor, decay: Tensor, erase: Tensor, angle: Tensor | None = None) -> Tensor:
     """What a token of n micro-steps does, their product, the first one on the right.
 
     Args:
-        k: [...,n,H,K]; decay and erase: [...,n,H,K] or [...,n,H,1].
+        k: [...,n,H,K]; decay and erase: [...,n,H,K] or [...,n,H,1]; angle: [...,n,H,P] or None.
 
     Returns:
         [...,H,K,K], float64.
     """
+    fields = [None if x is None else x.movedim(-3, 0) for x in (k, decay, erase, angle)]
     if k.shape[-3] == 1:
-        return transition_matrix(k[..., 0, :, :], decay[..., 0, :, :], erase[..., 0, :, :])
-    return window_product(*(x.movedim(-3, 0) for x in (k, decay, erase)))
+        return transition_matrix(*(None if x is None else x[0] for x in fields))  # type: ignore[arg-type]
+    return window_product(*fields)  # type: ignore[arg-type]
 
 
-def window_product(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
+def window_product(k: Tensor, decay: Tensor, erase: Tensor, angle: Tensor | None = None) -> Tensor:
     """M_w ... M_2 M_1: what a window of w tokens (or micro-steps) does, its first one first.
 
     Args:
-        k: [w,...,K]; decay and erase: [w,...,K] or [w,...,1].
+        k: [w,...,K]; decay and erase: [w,...,K] or [w,...,1]; angle: [w,...,P] or None.
 
     Returns:
         [...,K,K], float64; the identity for an empty window.
@@ -54,24 +60,32 @@ def window_product(k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
     k = k.double()
     K = k.shape[-1]
     product = torch.eye(K, dtype=torch.float64, device=k.device).expand(*k.shape[1:], K).contiguous()
-    for k_t, decay_t, erase_t in zip(k, decay.double(), erase.double(), strict=True):
+    for t, (k_t, decay_t, erase_t) in enumerate(zip(k, decay.double(), erase.double(), strict=True)):
+        if angle is not None:
+            product = rotated(product.mT, angle[t].double()[..., None, :]).mT
         product = product * decay_t[..., None]
         product = product - k_t[..., :, None] * ((erase_t * k_t)[..., None, :] @ product)
     return product
 
 
-def rayleigh_quotient(state: Tensor, k: Tensor, decay: Tensor, erase: Tensor) -> Tensor:
+def rayleigh_quotient(
+    state: Tensor, k: Tensor, decay: Tensor, erase: Tensor, angle: Tensor | None = None
+) -> Tensor:
     """<S, M S> / ||S||^2: the factor on what a memory holds, 1 kept, 0 taken out, -1 all of it flipped.
 
     Args:
         state: [B,H,K,V], the memory before the token.
         k: [B,n,H,K]; decay and erase: [B,n,H,K] or [B,n,H,1], of the n micro-steps of the token.
+        angle: [B,n,H,P] or None.
 
     Returns:
         [B,H]; NaN for a memory that is zero.
     """
     kept = state
-    for k_j, decay_j, erase_j in zip(*(x.double().unbind(1) for x in (k, decay, erase)), strict=True):
+    fields = zip(*(x.double().unbind(1) for x in (k, decay, erase)), strict=True)
+    for j, (k_j, decay_j, erase_j) in enumerate(fields):
+        if angle is not None:
+            kept = rotated(kept.mT, angle[:, j].double()[..., None, :]).mT
         kept = decay_j[..., None] * kept
         kept = kept - k_j[..., None] * ((erase_j * k_j)[..., None, :] @ kept)
     return (state * kept).sum((-2, -1)) / state.square().sum((-2, -1))

@@ -66,7 +66,7 @@ def gates(f, block, options, heads, pairs):
 
 
 def memory_loop(q, k, v, step, a, lam, theta, block):
-    """Reads [B,T,H,R,V]: h_t = e^(Delta A - i theta) (h_{t-1} + (1 - lambda) Delta k_{t-1} v_{t-1}) + ..."""
+    """Reads [B,T,H,R,V]: h_t = e^(Delta A + i theta) (h_{t-1} + (1 - lambda) Delta k_{t-1} v_{t-1}) + ..."""
     pairs = theta.shape[-1]
     B, T, heads, R, K = k.shape
 
@@ -76,7 +76,7 @@ def memory_loop(q, k, v, step, a, lam, theta, block):
 
     q, k = to_complex(q), to_complex(k)
     angle = F.pad(theta, (0, K - 2 * pairs))
-    factor = torch.polar((step * a).exp()[..., None].expand_as(angle), -angle)
+    factor = torch.polar((step * a).exp()[..., None].expand_as(angle), angle)
     values = v[..., None, :] if R == 1 else v[..., None, :] * block.mimo_x
     h = torch.zeros(B, heads, K - pairs, v.shape[-1], dtype=k.dtype)
     reads = []

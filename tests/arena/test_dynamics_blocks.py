@@ -161,7 +161,7 @@ def test_every_quantity_is_in_the_dictionary_and_every_block_answers_all(arch):
     assert set(frame["block"]) == {arch}
     missing = set(frame.filter(pl.col("head").is_null())["quantity"])
     if arch in MATRIX:
-        assert missing <= {"step", "normaliser", "input_gate", "forget_gate", "cell_norm", *UPDATES}
+        assert missing <= {"angle", "step", "normaliser", "input_gate", "forget_gate", "cell_norm", *UPDATES}
     if arch == "ttt_e2e":  # the first layer has none
         found = frame.filter(pl.col("quantity").is_in(UPDATES) & pl.col("head").is_not_null())
         assert set(found["layer"]) == {1}

@@ -9,14 +9,14 @@ class Frozen(Block):
     """A matrix memory whose q, k, v and gates are tensors [T,H,*], the same for every x; y is 0.
 
     Written from the block interface alone, without ``arena.blocks.matrix``. With n micro-steps a token, k, v
-    and the gates are [T n,H,*].
+    and the gates are [T n,H,*]; so are the fields in ``others``, by name.
     """
 
-    def __init__(self, q, k, v, *, decay=1.0, erase=0.0, write=1.0, normaliser=None):
+    def __init__(self, q, k, v, *, decay=1.0, erase=0.0, write=1.0, normaliser=None, **others):
         super().__init__(1)
         self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
         self.micro_steps = len(k) // len(q)
-        fields = {"q": q, "k": k, "v": v}
+        fields = {"q": q, "k": k, "v": v, **others}
         for name, gate in (("decay", decay), ("erase", erase), ("write", write)):
             gate = torch.as_tensor(gate, dtype=torch.float64)
             fields[name] = gate if gate.dim() == 3 else gate.expand(*k.shape[:2], 1)

@@ -222,7 +222,7 @@ def test_what_a_block_does_not_have_is_refused(arch, text, message):
     ("text", "message"),
     [
         ("erase", "cannot read the intervention 'erase'; write GATE:ACTION"),
-        ("eraze:zero", "there is no gate 'eraze'; gates: decay, erase, write, input, output"),
+        ("eraze:zero", "there is no gate 'eraze'; gates: decay, erase, write, input, angle, output"),
         ("erase:drop", "cannot 'drop' a gate; actions: zero, freeze, clamp, swap"),
         ("erase:clamp:1:0", "clamp needs low <= high"),
         ("erase:clamp:0", "clamp needs low <= high"),

@@ -153,10 +153,10 @@ def test_chunks_do_not_matter_and_what_has_no_meaning_is_null(rank):
     assert one.select(order).equals(other.select(order))
     np.testing.assert_allclose(one["value"].to_numpy(), other["value"].to_numpy(), rtol=1e-6, atol=1e-8)
     missing = set(one.filter(pl.col("head").is_null())["quantity"])
-    edits = {name for name, entry in QUANTITIES.items() if entry.family == "edit"}
+    others = {name for name, entry in QUANTITIES.items() if entry.family in ("edit", "update")}
     reads = {"contribution", "memory_length", "contribution_age", "gain_beyond"}
     growth = {"state_growth", "state_growth_exponent"}  # no training length given
-    assert missing == edits | growth | {"normaliser", "input_gate", "forget_gate", "cell_norm"} | (
+    assert missing == others | growth | {"normaliser", "input_gate", "forget_gate", "cell_norm"} | (
         reads if rank > 1 else set()
     )
     assert set(one.filter(pl.col("quantity") == "write")["micro"]) == set(range(2 * rank))

@@ -39,6 +39,7 @@ from typing import Any
 
 GROUPS = ("arena.blocks", "arena.tasks", "arena.measurements")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,59}(\[n\](-[a-z]+)?)?")
+_RULE = "letters, digits, _ . and -, the first one a letter"
 _NUMBER = re.compile(r"\[\d+\]")  # a family of blocks is registered once
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _SOURCE = (".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h")
@@ -76,8 +77,10 @@ def measurement(name: str) -> Callable[[Measurement], Measurement]:
     on the page and in the data dictionary.
 
     Raises:
-        ValueError: the name is taken by another function.
+        ValueError: the name is taken by another function, or is none.
     """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name: {_RULE}")
 
     def add(function: Measurement) -> Measurement:
         taken = _measurements.get(name)
@@ -157,9 +160,7 @@ def require(versions: Mapping[str, Any]) -> None:
             continue
         if name in have:
             raise PluginError(f"the run has plug-in {name} {version}; loaded is {have[name]}")
-        raise PluginError(
-            f"the run has plug-in {name} {version}, which is not loaded: install it, or --plugin"
-        )
+        raise PluginError(f"the run has plug-in {name} {version}, not loaded here: install it, or --plugin")
 
 
 def _order(entry: importlib.metadata.EntryPoint) -> tuple[str, ...]:
@@ -250,7 +251,7 @@ def _own(before: Mapping[str, set[str]], plugin: Plugin, who: str) -> None:
         for name in sorted(names - before[group]):
             name = _NUMBER.sub("[n]", name)
             if not _NAME.fullmatch(name):
-                raise PluginError(f"{who}: {name!r} is no name: letters, digits, _ . - from a letter on")
+                raise PluginError(f"{who}: {name!r} is no name: {_RULE}")
             _owners[group, name] = plugin
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
+from arena.dynamics.added import meaning, title
 from arena.dynamics.study import Tables
+from arena.report.document import Section
 from arena.report.palette import family_order
 
 Key = tuple[str, str]
@@ -173,3 +175,36 @@ def frozen(task: Task, arm: str, gate: str) -> pl.DataFrame:
         pl.col("role") == "all",
         pl.col("change") == f"{gate} frozen at its mean",
     ).sort("seed")
+
+
+def added_sections(
+    tables: Mapping[str, pl.DataFrame], labels: Mapping[tuple[str, str], str]
+) -> list[Section]:
+    """A section for each measurement and task, at the task's longest length: quantities by architecture."""
+    sections = []
+    for name, table in tables.items():
+        for (task, params), label in labels.items():
+            here = table.filter(task=task, task_params=params).drop_nulls("value")
+            if here.is_empty():
+                continue
+            length = int(here["length"].max())  # type: ignore[arg-type]
+            here = here.filter(length=length)
+            arms = sorted(set(here["arm"]))
+            rows = [
+                [quantity, *(span(_medians(here.filter(quantity=quantity, arm=arm))) for arm in arms)]
+                for quantity in here["quantity"].unique(maintain_order=True)
+            ]
+            sections.append(
+                Section(
+                    heading=f"{title(name)}: {label}, length {length}",
+                    columns=["measured", *arms],
+                    rows=rows,
+                    caption=f"{meaning(name)} Median over the rows of a run, then mean (lowest to "
+                    f"highest run); all rows: added/{name}.csv.",
+                )
+            )
+    return sections
+
+
+def _medians(rows: pl.DataFrame) -> list[float]:
+    return rows.group_by("run_id", maintain_order=True).agg(pl.col("value").median())["value"].to_list()

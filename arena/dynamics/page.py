@@ -165,10 +165,12 @@ def write_document(
             sections.append(Section(heading=heading, figures=drawn, lines=lines, caption=caption))
         else:
             sections.append(Section(heading=heading, lines=["No run that was measured has it."]))
+    sections += findings.added_sections(tables.added, labels)
     sections.append(Section(heading="What cannot be said", lines=list(sentences.cannot_be_said(tasks))))
     files = [
         "measurements/*.parquet: gates, states, transitions, retention and edits, one row a number",
         "effects, eigenvalues, decodability, fields, runs (.parquet, .csv): the tables behind the figures",
+        *(["added/: the tables of the measurements that plug-ins add"] if tables.added else []),
         "dictionary.md: name, unit, meaning and equation of every quantity and column",
     ]
     sections.append(Section(heading="Data", lines=files))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import polars as pl
 import torch
 
 import synthetic_tasks
+from arena.dynamics.added import added_dictionary, keep_added, measure_added
 from arena.dynamics.classes import token_classes
 from arena.dynamics.dictionary import data_dictionary_markdown
 from arena.dynamics.directory import choose_runs, measure_runs
@@ -69,6 +70,8 @@ class Tables(NamedTuple):
     """Linear probes."""
     fields: pl.DataFrame
     """Of ``partial_update``: whether the field is in the key."""
+    added: Mapping[str, pl.DataFrame] = {}
+    """What the measurements of plug-ins say, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +175,9 @@ def study(
 ) -> Tables:
     """Measure the chosen runs of a folder and write the tables to ``out``.
 
-    Files in ``out``: runs, eigenvalues, effects, decodability and fields as .parquet and .csv;
-    measurements/*.parquet (one file a run and length, for they are long); and dictionary.md, which says what
-    every column and quantity is.
+    Files in ``out``: runs, eigenvalues, effects, decodability and fields as .parquet and .csv; the same of
+    each measurement of a plug-in in added/; measurements/*.parquet (one file a run and length, for they are
+    long); and dictionary.md, which says what every column and quantity is.
 
     Args:
         directory: a result folder.
@@ -199,10 +202,11 @@ def study(
     parts: dict[str, list[pl.DataFrame]] = {
         "eigenvalues": [], "effects": [], "decodability": [], "fields": []
     }  # fmt: skip
+    added: dict[str, list[pl.DataFrame]] = {}
     for index, run in enumerate(runs.iter_rows(named=True)):
         about, length = {name: run[name] for name in RUN_COLUMNS}, run["length"]
+        where = f"{run['task']}, {run['arm']}, seed {run['seed']}, length {length}"
         if on_line is not None:
-            where = f"{run['task']}, {run['arm']}, seed {run['seed']}, length {length}"
             on_line(f"{index + 1}/{len(runs)} {where}")
         model = load_model(directory, run["run_id"])
         task = synthetic_tasks.get(run["task"], **json.loads(run["task_params"]))
@@ -218,6 +222,10 @@ def study(
             table = measure_effects(model, task, length, interventions=wanted, n_sequences=count)
             parts["effects"].append(_about(table, about))
         parts["fields"].append(_about(measure_fields(model, task, length), about))
+        kinds = _schema(about)
+        labels = {name: pl.lit(value, dtype=kinds[name]) for name, value in about.items()}
+        for name, frame in measure_added(model, task, length, labels, where).items():
+            added.setdefault(name, []).append(frame)
         lengths = runs.filter(run_id=run["run_id"])["length"].to_list()
         if length == max(lengths):
             table = measure_decodability(model, task, lengths, n_fit=4 * count, n_test=2 * count)
@@ -237,8 +245,10 @@ def study(
     for name, frame in tables.items():
         frame.write_parquet(out / f"{name}.parquet")
         frame.write_csv(out / f"{name}.csv")
-    (out / "dictionary.md").write_text(dictionary_markdown(), encoding="utf-8")
-    return Tables(measurements=pl.scan_parquet(folder / "*.parquet"), **tables)
+    own = keep_added(added, out / "added")
+    words = dictionary_markdown() + "\n".join(["", *added_dictionary(list(own))])
+    (out / "dictionary.md").write_text(words, encoding="utf-8")
+    return Tables(measurements=pl.scan_parquet(folder / "*.parquet"), added=own, **tables)
 
 
 def read_study(out: str | Path) -> Tables | None:

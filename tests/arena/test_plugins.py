@@ -121,7 +121,7 @@ def test_a_module_registers_and_its_source_is_in_the_run_id(world):
     plugins.load(["my_block"])
     (second,) = runs_of()
     assert second.id != first.id and second.config["versions"] != first.config["versions"]
-    with pytest.raises(PluginError, match="the run has plug-in my_block .* loaded is"):
+    with pytest.raises(PluginError, match=r"the run has plug-in my_block .* loaded is"):
         plugins.require(first.config["versions"])
 
 
@@ -184,7 +184,10 @@ REFUSED = {
     "ends": ("import sys; sys.exit('no\\nlicence')", "SystemExit: no licence"),
     "syntax": ("def", "SyntaxError"),
     "takes a block": (BLOCK.replace("mine", "gdn"), "block name 'gdn' is taken"),
-    "takes a task": (TASK + "\nfrom synthetic_tasks import register\nregister('mqar', 'x')(Mine)", "'mqar' is taken"),
+    "takes a task": (
+        TASK + "\nfrom synthetic_tasks import register\nregister('mqar', 'x')(Mine)",
+        "'mqar' is taken",
+    ),
     "no name": (BLOCK.replace("mine", "a+b"), "'a+b' is no name"),
     "no name of a measurement": (
         "from arena.plugins import measurement\nmeasurement('../up')(lambda *_: None)",

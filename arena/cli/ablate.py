@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from arena.cli.common import FAILED, INTERRUPTED, check_machine, complain, console, names
+from arena.cli.common import (
+    FAILED,
+    INTERRUPTED,
+    Address,
+    Cpus,
+    ExecutorName,
+    Gpus,
+    Slurm,
+    Workers,
+    check_machine,
+    chosen_executor,
+    complain,
+    console,
+    names,
+)
 from arena.cli.train import run_tuning
 
 
@@ -60,7 +74,12 @@ def ablate(
         str | None, typer.Option(help="Database of the Optuna studies; default: a file in --out.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, or one a GPU.")] = None,
+    workers: Workers = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    slurm: Slurm = None,
 ) -> int:
     """Walk in gate space around one architecture: every point tuned, then tested on fresh seeds.
 
@@ -107,6 +126,17 @@ def ablate(
         )
     )
     directory = Path(out) if out is not None else Path("results") / ablation.experiment.name
+    engine = chosen_executor(
+        executor,
+        directory,
+        device=device,
+        workers=workers,
+        address=address,
+        cpus=cpus,
+        gpus=gpus,
+        slurm=slurm,
+        shared=True,
+    )
     print(f"{len(ablation.experiment.archs)} points: {', '.join(ablation.experiment.archs)}")
     for point, reason in ablation.left_out.items():
         print(f"left out: {point}: {reason}")
@@ -114,7 +144,7 @@ def ablate(
     tested = len((ablation.experiment.tuning or TuningSection()).report_seeds)
     if tested < needed:
         print(f"no claims: {comparisons} main effects on {tested} seeds; --seeds {needed} can give some")
-    status = run_tuning(ablation.experiment, directory, device=device, workers=workers, storage=storage)
+    status = run_tuning(ablation.experiment, directory, device=device, executor=engine, storage=storage)
     record_ablation(directory, ablation)
     if status == INTERRUPTED:
         return status

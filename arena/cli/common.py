@@ -5,19 +5,36 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
     from arena.grid import GridReport
+    from arena.grid.executors import Executor
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 console = Console(highlight=False)
 debug = False
 """Whether ``--debug`` was given."""
+
+Workers = Annotated[int | None, typer.Option(help="Processes; default: one a core, or one a GPU.")]
+ExecutorName = Annotated[str, typer.Option(help="Where to train: local, ray or slurm.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Of a Ray cluster, such as auto or HOST:PORT; default: one on this machine."),
+]
+Cpus = Annotated[float | None, typer.Option(help="CPUs of a fleet (ray, slurm); default 1.")]
+Gpus = Annotated[
+    float | None,
+    typer.Option(help="GPUs of a fleet (ray, slurm), for ray also a fraction of one; default 1."),
+]
+Slurm = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE for sbatch, as time=MINUTES (required) or partition=NAME; may be repeated."),
+]
 
 
 def complain(line: str) -> None:
@@ -71,6 +88,40 @@ def check_machine(device: str, workers: int | None, out: str | None) -> None:
         wrong(f"--workers is a number from 1 to 4096, not {workers}")
     if out is not None and not out.strip():
         wrong("--out is a folder, not an empty name")
+
+
+def chosen_executor(
+    name: str,
+    directory: Path,
+    *,
+    device: str,
+    workers: int | None,
+    address: str | None,
+    cpus: float | None,
+    gpus: float | None,
+    slurm: list[str] | None,
+    shared: bool = False,
+) -> Executor:
+    """The engine that the options name; ``shared``: other processes may be at work in the folder."""
+    from arena.grid.executors import make_executor
+
+    parameters: dict[str, Any] = {}
+    for text in slurm or []:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            wrong(f"--slurm is KEY=VALUE, not {text!r}")
+        parameters[key.replace("-", "_")] = int(value) if value.isdigit() else value
+    return make_executor(
+        name,
+        directory=directory,
+        device=device,
+        workers=workers,
+        address=address,
+        cpus=cpus,
+        gpus=gpus,
+        slurm=parameters,
+        shared=shared,
+    )
 
 
 def told(report: GridReport, directory: Path) -> int:

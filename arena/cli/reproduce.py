@@ -58,13 +58,16 @@ def reproduce(
             return status
     if every:
         _say_cost(claims, size, folder, device, workers)
+    from arena.grid import make_executor
+
     status = OK
     for found in claims:
         directory = folder / f"{found.name}-{size}"
         print(f"\n{found.section.number}. {found.section.sentence}")
+        engine = make_executor("local", directory=directory, device=device, workers=workers)
         status = max(
             status,
-            run_tuning(found.experiments[size], directory, device=device, workers=workers, storage=None),
+            run_tuning(found.experiments[size], directory, device=device, executor=engine, storage=None),
         )
         if status not in (OK, FAILED):
             return status
@@ -90,18 +93,18 @@ def _list() -> int:
 
 def _say_cost(claims: list[Claim], size: str, folder: Path, device: str, workers: int | None) -> None:
     """What all of it will cost, before any of it starts."""
-    from arena.grid.driver import gpu_count
+    from arena.grid import make_executor
     from arena.tuning.cost import hours
     from arena.tuning.prepare import planned_seconds
 
     total, count = 0.0, 1
     for claim in claims:
+        directory = folder / f"{claim.name}-{size}"
         seconds, count = planned_seconds(
             claim.experiments[size],
-            folder / f"{claim.name}-{size}" / "tuning",
+            directory / "tuning",
             device=device,
-            workers=workers,
-            gpus=gpu_count(device),
+            executor=make_executor("local", directory=directory, device=device, workers=workers),
         )
         total += seconds
         print(f"planned: {claim.section.number}. {claim.name}: {hours(seconds)} of computing")

@@ -7,9 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arena.cli.common import FAILED, again, check_machine, complain, console, names, told
+from arena.cli.common import (
+    FAILED,
+    Address,
+    Cpus,
+    ExecutorName,
+    Gpus,
+    Slurm,
+    Workers,
+    again,
+    check_machine,
+    chosen_executor,
+    complain,
+    console,
+    names,
+    told,
+)
 
 if TYPE_CHECKING:
+    from arena.grid.executors import Executor
     from arena.grid.experiment import Experiment
 
 
@@ -23,7 +39,12 @@ def grid(
     steps: Annotated[int | None, typer.Option(help="Training steps of every run.")] = None,
     out: Annotated[str | None, typer.Option(help="Result folder; default results/NAME.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, or one a GPU.")] = None,
+    workers: Workers = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    slurm: Slurm = None,
 ) -> int:
     """Train a grid of tasks x architectures x seeds. Run it again to do what is missing."""
     from arena.grid.request import request
@@ -33,6 +54,16 @@ def grid(
         experiment, archs=names("--arch", arch), tasks=names("--task", task), seeds=seeds, steps=steps
     )
     directory = Path(out) if out is not None else Path("results") / wanted.name
+    engine = chosen_executor(
+        executor,
+        directory,
+        device=device,
+        workers=workers,
+        address=address,
+        cpus=cpus,
+        gpus=gpus,
+        slurm=slurm,
+    )
 
     from arena.grid import StoreError, run_experiment
     from arena.grid.display import GridDisplay
@@ -43,7 +74,7 @@ def grid(
                 wanted,
                 directory,
                 device=device,
-                workers=workers,
+                executor=engine,
                 on_start=display.start,
                 on_event=display.event,
             )
@@ -72,7 +103,12 @@ def tune(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, or one a GPU.")] = None,
+    workers: Workers = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    slurm: Slurm = None,
 ) -> int:
     """Tune every architecture on the same budget and test the winners on fresh seeds. Run it again to go on.
 
@@ -90,12 +126,22 @@ def tune(
         report_seeds=seeds,
     )
     directory = Path(out) if out is not None else Path("results") / wanted.name
-
-    return run_tuning(wanted, directory, device=device, workers=workers, storage=storage)
+    engine = chosen_executor(
+        executor,
+        directory,
+        device=device,
+        workers=workers,
+        address=address,
+        cpus=cpus,
+        gpus=gpus,
+        slurm=slurm,
+        shared=True,
+    )
+    return run_tuning(wanted, directory, device=device, executor=engine, storage=storage)
 
 
 def run_tuning(
-    wanted: Experiment, directory: Path, *, device: str, workers: int | None, storage: str | None
+    wanted: Experiment, directory: Path, *, device: str, executor: Executor, storage: str | None
 ) -> int:
     """Tune and say how it goes; the exit status."""
     from arena.grid import StoreError
@@ -108,7 +154,7 @@ def run_tuning(
                 wanted,
                 directory,
                 device=device,
-                workers=workers,
+                executor=executor,
                 storage=storage,
                 on_start=display.start,
                 on_event=display.event,

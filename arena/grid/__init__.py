@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from arena.grid.driver import GridReport, Pending, run_experiment
-from arena.grid.engine import Event
+from arena.grid.executors import Event, make_executor
 from arena.grid.experiment import Experiment, ExperimentError, load_experiment, parse_experiment, shipped
 from arena.grid.plan import Fleet, Run, plan_fleets, plan_runs
 from arena.grid.results import load_curves, load_environments, load_model, load_results
@@ -11,6 +11,6 @@ from arena.grid.store import Store, StoreError
 
 __all__ = [
     "Event", "Experiment", "ExperimentError", "Fleet", "GridReport", "Pending", "Run", "Store", "StoreError",
-    "load_curves", "load_environments", "load_experiment", "load_model", "load_results", "parse_experiment",
-    "plan_fleets", "plan_runs", "run_experiment", "shipped",
+    "load_curves", "load_environments", "load_experiment", "load_model", "load_results", "make_executor",
+    "parse_experiment", "plan_fleets", "plan_runs", "run_experiment", "shipped",
 ]  # fmt: skip

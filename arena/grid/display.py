@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from arena.grid.driver import Pending
-from arena.grid.engine import Event
+from arena.grid.executors import Event
 
 
 class GridDisplay:
@@ -55,7 +55,8 @@ class GridDisplay:
             self.progress.remove_task(self.total)
             self.total, self.done, self.training = None, 0.0, None
         todo = sum(len(fleet.runs) for fleet in pending.fleets)
-        crew = f"{_counted(pending.workers, 'worker')} x {_counted(pending.threads, 'thread')}"
+        slots = pending.slots
+        crew = f"{_counted(slots.workers, 'worker')} x {_counted(slots.threads, 'thread')}"
         self.console.print(
             f"{pending.planned} runs: {pending.stored} stored already, {todo} to train in "
             f"{_counted(len(pending.fleets), 'fleet')}; {crew}",
@@ -78,6 +79,10 @@ class GridDisplay:
             self.training = self.training or time.monotonic()
             self.running[fleet.id] = fleet.planned_tokens * event.steps / steps
             self.progress.update(self.bars[fleet.id], completed=event.steps)
+        elif event.kind == "retried":
+            self.running[fleet.id] = 0.0
+            self.progress.update(self.bars[fleet.id], completed=0)
+            self._line(f"{fleet.label}: started again ({event.reason})")
         else:
             self.running.pop(fleet.id, None)
             self.progress.remove_task(self.bars.pop(fleet.id))
@@ -86,10 +91,13 @@ class GridDisplay:
             words = {"done": "done", "error": "FAILED", "memory": "does not fit into memory", "died": "DIED"}
             line = f"{fleet.label}: {words[event.kind]}" + (f" ({event.reason})" if event.reason else "")
             if event.kind != "done" or not self.console.is_terminal:
-                self.console.print(f"{self._clock()} {line}", markup=False, soft_wrap=True)
+                self._line(line)
         if self.total is not None and self.planned:
             share = min(1.0, (self.done + sum(self.running.values())) / self.planned)
             self.progress.update(self.total, completed=share, left=self._left(share))
+
+    def _line(self, text: str) -> None:
+        self.console.print(f"{self._clock()} {text}", markup=False, soft_wrap=True)
 
     def _clock(self) -> str:
         return f"[{_duration(time.monotonic() - self.begin)}]"

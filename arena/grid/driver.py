@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arena.grid.engine import Event, Work, run_local
-from arena.grid.environment import cpu_count, foreign_kernels
+from arena.grid.environment import foreign_kernels
+from arena.grid.executors import Event, Executor, Slots, Work, make_executor
 from arena.grid.experiment import Experiment, ExperimentError
 from arena.grid.plan import Fleet, Run, plan_fleets, plan_runs, split_fleet
 from arena.grid.store import Store
 from arena.grid.toml import to_toml
+from arena.plugins import explicit, load
 
 
 @dataclass(kw_only=True)
@@ -46,14 +47,20 @@ class Pending:
     """Runs that are there already."""
     others: int
     """Stored runs of earlier requests."""
-    workers: int
-    """Processes."""
-    threads: int
-    """Torch threads of each."""
+    slots: Slots
+    """What the engine has for them."""
 
 
-def train_here(fleet: Fleet, progress: Callable[[int], None]) -> dict[str, dict[str, bytes]]:
-    """The default work of a worker (imported late: the driver needs no torch for it)."""
+def train_here(
+    fleet: Fleet, progress: Callable[[int], None], *, share: float = 1.0
+) -> dict[str, dict[str, bytes]]:
+    """The default work of a worker (imported late: the driver needs no torch for it).
+
+    Args:
+        fleet: to be trained.
+        progress: called with the number of steps done.
+        share: part of the device's memory that the fleet may use.
+    """
     from arena.grid.worker import train
 
     return train(fleet, progress)
@@ -65,7 +72,8 @@ def run_experiment(
     *,
     device: str = "cpu",
     workers: int | None = None,
-    work: Work = train_here,
+    executor: Executor | str = "local",
+    work: Work | None = None,
     on_start: Callable[[Pending], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> GridReport:
@@ -76,7 +84,9 @@ def run_experiment(
         directory: the result folder.
         device: ``cpu`` or ``cuda``.
         workers: processes; None: one a core on the CPU, one a GPU otherwise.
-        work: what a worker does with a fleet.
+        executor: where fleets train: ``local``, ``ray``, ``slurm``, or what
+            :func:`arena.grid.executors.make_executor` made.
+        work: what a worker does with a fleet; None: train it.
         on_start: called once, when it is known what is missing.
         on_event: called for everything that happens to a fleet.
 
@@ -87,16 +97,17 @@ def run_experiment(
     problem = foreign_kernels()
     if problem is not None:
         raise ExperimentError(problem)
-    gpu_count(device)  # refuse before planning, which tries the models out on the device
-    runs = plan_runs(experiment, device=device)
+    # refused before planning, which tries the models out on the device
+    engine = as_executor(executor, directory, device=device, workers=workers)
+    plan = functools.partial(plan_runs, experiment, device=device)
+    runs = plan() if has_device(device) else engine.call(plan)
     return train_runs(
         runs,
         directory,
         name=experiment.name,
         request=to_toml(experiment.model_dump(exclude_none=True)),
         fleet_size=experiment.fleet_size,
-        device=device,
-        workers=workers,
+        executor=engine,
         work=work,
         on_start=on_start,
         on_event=on_event,
@@ -112,7 +123,8 @@ def train_runs(
     fleet_size: int,
     device: str = "cpu",
     workers: int | None = None,
-    work: Work = train_here,
+    executor: Executor | str = "local",
+    work: Work | None = None,
     on_start: Callable[[Pending], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> GridReport:
@@ -127,11 +139,12 @@ def train_runs(
         fleet_size: most runs that train together.
         device: as in :func:`run_experiment`; so are the others.
         workers: processes.
+        executor: where fleets train.
         work: what a worker does with a fleet.
         on_start: called once.
         on_event: called for everything that happens to a fleet.
     """
-    gpus = gpu_count(device)
+    engine = as_executor(executor, directory, device=device, workers=workers)
     with Store(directory) as store:
         others = store.record_request(name, request, runs)
         finished = store.finished(run.id for run in runs)
@@ -140,11 +153,10 @@ def train_runs(
             for fleet in plan_fleets(runs, fleet_size, store.recorded_fleets())
             if any(run.id not in finished for run in fleet.runs)
         ]
-        count, threads = share_cores(workers if workers is not None else gpus or None, len(fleets))
+        slots = engine.slots(len(fleets))
         report = GridReport(planned=len(runs), stored=len(finished), others=others)
         queue = deque(fleets)
-        events = run_local(queue, work, workers=count, threads=threads, gpus=gpus)
-        died: set[str] = set()
+        events = engine.run(queue, bound_work(work, slots), slots)
         try:
             if on_start is not None:
                 on_start(
@@ -153,12 +165,11 @@ def train_runs(
                         planned=len(runs),
                         stored=len(finished),
                         others=others,
-                        workers=count,
-                        threads=threads,
+                        slots=slots,
                     )
                 )
             for event in events:
-                take(event, store, queue, finished, died, report)
+                take(event, store, queue, finished, report)
                 if on_event is not None:
                     on_event(event)
         except KeyboardInterrupt:
@@ -169,17 +180,14 @@ def train_runs(
     return report
 
 
-def take(
-    event: Event, store: Store, queue: deque[Fleet], finished: set[str], died: set[str], report: GridReport
-) -> None:
+def take(event: Event, store: Store, queue: deque[Fleet], finished: set[str], report: GridReport) -> None:
     """Do what an event asks for: store results, split a fleet that does not fit, note a failure.
 
     Args:
         event: what happened.
         store: the open store.
-        queue: of the engine; a fleet that is to be tried again is appended.
+        queue: of the engine; the halves of a fleet that does not fit are appended.
         finished: ids of the runs with a result; grows.
-        died: ids of the fleets whose process died once; grows.
         report: failures are added.
     """
     fleet = event.fleet
@@ -188,45 +196,58 @@ def take(
         store.commit(fleet, event.results)
         finished.update(event.results)
     elif event.kind == "memory" and len(fleet.runs) > 1:
-        for half in split_fleet(fleet):
-            store.record_fleet(half)
-            queue.append(half)
-    elif event.kind == "died" and fleet.id not in died:
-        died.add(fleet.id)  # once more: it may have been the machine, not the fleet
-        queue.append(fleet)
+        pieces, passed = split_fleet(fleet, event.fits)
+        for known in (
+            fleet,
+            *passed,
+            *pieces,
+        ):  # in this order: a kill in between leaves what can be completed
+            store.record_fleet(known)
+        queue.extend(pieces)
+        store.record_event("halved", fleet, event.reason, into=[piece.id for piece in pieces])
+    elif event.kind == "retried":
+        store.record_event("retried", fleet, event.reason)
     elif event.kind in ("memory", "died", "error"):
         missing: list[Run] = [run for run in fleet.runs if run.id not in finished]
         store.record_failure(missing, event.reason, event.detail)
+        store.record_event("failed", fleet, event.reason)
         for run in missing:
             report.failed[run.id] = event.reason
             report.labels[run.id] = run.label
 
 
-def gpu_count(device: str) -> int:
-    """GPUs to use: 0 on the CPU.
+def bound_work(work: Work | None, slots: Slots) -> Work:
+    """The work with all that a worker must know beside the fleet: its share, and the plug-ins.
 
-    Raises:
-        ExperimentError: ``cuda`` without one.
+    Args:
+        work: None: train.
+        slots: of the engine.
     """
+    plain = work if work is not None else functools.partial(train_here, share=slots.share)
+    return functools.partial(_with_plugins, plain, explicit())
+
+
+def _with_plugins(
+    work: Work, plugins: tuple[str, ...], fleet: Fleet, progress: Callable[[int], None]
+) -> Mapping[str, Mapping[str, bytes]]:
+    """In the worker: load the plug-ins of the driver, then work."""
+    load(plugins, measurements=False)
+    return work(fleet, progress)
+
+
+def as_executor(
+    executor: Executor | str, directory: str | Path, *, device: str, workers: int | None
+) -> Executor:
+    """The engine, where only its name was given."""
+    if isinstance(executor, str):
+        return make_executor(executor, directory=directory, device=device, workers=workers)
+    return executor
+
+
+def has_device(device: str) -> bool:
+    """Whether this machine has such a device."""
     if device != "cuda":
-        return 0
+        return True
     import torch
 
-    if torch.cuda.device_count() == 0:
-        raise ExperimentError("--device cuda: torch sees no GPU on this machine (arena doctor says more)")
-    return torch.cuda.device_count()
-
-
-def share_cores(workers: int | None, fleets: int) -> tuple[int, int]:
-    """(processes, threads of each) for this machine: no more processes than fleets, no more threads than
-    cores.
-
-    A thread count set in the environment is an upper bound.
-    """
-    cores = cpu_count()
-    count = max(1, min(workers or cores, fleets))
-    threads = max(1, cores // count)
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    if limit.isdigit() and int(limit) > 0:
-        threads = min(threads, int(limit))
-    return count, threads
+    return torch.cuda.device_count() > 0

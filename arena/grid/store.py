@@ -6,6 +6,7 @@
         config.json, environment.json, rows.parquet, curve.parquet, model.safetensors, checksums.json
     DIR/fleets/<fleet id>.json   who trained together
     DIR/failures/<run id>.json   why a run has no result yet
+    DIR/events.jsonl           what happened to fleets beside being trained: halved, retried, failed
     DIR/staging/               results on their way; emptied at the next start
     DIR/damaged/               folders that failed their checksums, set aside
 
@@ -66,7 +67,11 @@ class Store:
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
             held = set(os.listdir(self.directory))
-            if held and not held & {".lock", "plan.json", "runs"}:  # nothing of others is ever overwritten
+            if held - {"slurm"} and not held & {
+                ".lock",
+                "plan.json",
+                "runs",
+            }:  # nothing of others is ever overwritten
                 raise StoreError(
                     f"{self.directory} holds other files and is no result folder: choose another --out"
                 )
@@ -166,6 +171,19 @@ class Store:
             record = {"config": run.config, **run.notes, "reason": reason, "detail": detail}
             with self._writing(), self.turn():
                 write_whole(self.failures / f"{run.id}.json", json.dumps(record, indent=1).encode())
+
+    def record_event(self, event: str, fleet: Fleet, reason: str, **more: Any) -> None:
+        """Append to the log of what happened to fleets.
+
+        Args:
+            event: ``halved``, ``retried``, ``failed``.
+            fleet: to which.
+            reason: one line.
+            more: other facts.
+        """
+        entry = {"event": event, "fleet": fleet.id, "runs": len(fleet.runs), "reason": reason, **more}
+        with self._writing(), self.turn(), open(self.directory / "events.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def record_request(self, name: str, text: str, runs: Sequence[Run]) -> int:
         """Write down the experiment and its runs: what reports are about.

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from arena.grid.plan import Setting, digest
 from arena.grid.store import write_whole
@@ -180,11 +179,3 @@ def family_lines(section: TuningSection, tasks: int) -> list[str]:
 def hours(seconds: float) -> str:
     """A time for people."""
     return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
-
-
-def crew_size(workers: int | None, gpus: int, fleets: int) -> tuple[int, int]:
-    """(processes, threads of each), as the training will have them."""
-    from arena.grid.driver import share_cores
-
-    wanted: Any = workers if workers is not None else gpus or None
-    return share_cores(wanted, max(1, fleets))

@@ -20,9 +20,9 @@ from pathlib import Path
 import polars as pl
 from optuna.trial import FrozenTrial, TrialState
 
-from arena.grid.driver import GridReport, Pending, share_cores, take
-from arena.grid.engine import Event, Work, run_local
-from arena.grid.plan import Fleet, Run, plan_fleets
+from arena.grid.driver import GridReport, Pending, bound_work, take
+from arena.grid.executors import Event, Executor, Slots, Work
+from arena.grid.plan import Fleet, Run, plan_fleets, split_fleet
 from arena.grid.store import Store, write_whole
 from arena.tuning.study import Desk
 
@@ -79,9 +79,8 @@ class Crew:
         name: str,
         *,
         fleet_size: int,
-        workers: int | None,
-        gpus: int,
-        work: Work,
+        executor: Executor,
+        work: Work | None,
         report: GridReport,
         score: Callable[[Desk, Sequence[pl.DataFrame]], tuple[float, dict]],
         shows_life: bool,
@@ -96,9 +95,8 @@ class Crew:
             folder: ``DIR/tuning``.
             name: of the folder, see :func:`identity`.
             fleet_size: most runs that train together.
-            workers: processes; None: one a core, or one a GPU.
-            gpus: number of GPUs to use.
-            work: what a worker does with a fleet.
+            executor: where fleets train.
+            work: what a worker does with a fleet; None: train it.
             report: counts and failures are kept there.
             score: study and the rows of a point's runs -> the trial's score and its notes.
             shows_life: whether processes with other folders may be at work in the same studies.
@@ -106,13 +104,7 @@ class Crew:
             on_start: called before each list, with what is missing.
             on_event: called for everything that happens to a fleet.
         """
-        self.store, self.fleet_size, self.workers, self.gpus, self.work = (
-            store,
-            fleet_size,
-            workers,
-            gpus,
-            work,
-        )
+        self.store, self.fleet_size, self.executor, self.work = store, fleet_size, executor, work
         self.report, self.score, self.shows_life = report, score, shows_life
         self.say, self.on_start, self.on_event = say, on_start, on_event
         self.claims = Claims(folder / "claims")
@@ -135,9 +127,7 @@ class Crew:
         self._settle(runs, trials)
         missing = [fleet for fleet in fleets if self._open(fleet)]
         if missing:
-            count, threads = share_cores(
-                self.workers if self.workers is not None else self.gpus or None, len(missing)
-            )
+            slots = self.executor.slots(len(missing))
             if self.on_start is not None:
                 self.on_start(
                     Pending(
@@ -145,12 +135,11 @@ class Crew:
                         planned=len(runs),
                         stored=sum(run.id in self.finished for run in runs),
                         others=0,
-                        workers=count,
-                        threads=threads,
+                        slots=slots,
                     )
                 )
             try:
-                self._work_off(missing, trials, count, threads)
+                self._work_off(missing, trials, slots)
             except KeyboardInterrupt:
                 self.report.interrupted = True
             finally:
@@ -158,22 +147,24 @@ class Crew:
                     self.claims.drop(fleet_id)
         return all(run.id in self.finished or run.id in self.elsewhere for run in runs)
 
-    def _work_off(self, fleets: Sequence[Fleet], trials: Trials, workers: int, threads: int) -> None:
+    def _work_off(self, fleets: Sequence[Fleet], trials: Trials, slots: Slots) -> None:
         queue: deque[Fleet] = deque()
-        died: set[str] = set()
         waited = False
         while any(self._open(fleet) for fleet in fleets):
-            self._fill(queue, fleets, trials, workers)
+            self._fill(queue, fleets, trials, slots.workers)
             if not queue:
                 if not waited and any(self._open(fleet) for fleet in fleets):
                     self.say("what is missing is being trained by other processes: waiting for them")
                 waited = True
                 time.sleep(POLL)
                 continue
-            events = run_local(queue, self.work, workers=workers, threads=threads, gpus=self.gpus)
+            events = self.executor.run(queue, bound_work(self.work, slots), slots)
             try:
                 for event in events:
-                    take(event, self.store, queue, self.finished, died, self.report)
+                    if event.kind == "memory" and len(event.fleet.runs) > 1:
+                        for piece in split_fleet(event.fleet, event.fits)[0]:  # before others can see them
+                            self.claims.take(piece.id)
+                    take(event, self.store, queue, self.finished, self.report)
                     if self.on_event is not None:
                         self.on_event(event)
                     self._show_life()

@@ -10,12 +10,13 @@ from typing import Any
 
 import polars as pl
 
+from arena.grid.executors import Executor
 from arena.grid.experiment import Experiment
 from arena.grid.fields import ExperimentError
 from arena.grid.plan import Setting, canonical, plan_settings
 from arena.grid.store import write_whole
 from arena.grid.tuning_section import TuningSection
-from arena.tuning.cost import Probes, cost_lines, crew_size, family_lines, total_cost
+from arena.tuning.cost import Probes, cost_lines, family_lines, total_cost
 from arena.tuning.exploit import check_sampler
 from arena.tuning.flops import relative
 from arena.tuning.ledger import ledger_lines, ledger_table
@@ -74,8 +75,7 @@ def prepare(
     folder: Path,
     *,
     device: str,
-    workers: int | None,
-    gpus: int,
+    executor: Executor,
     say: Callable[[str], None],
 ) -> tuple[list[Setting], list[Solution]]:
     """Match the architectures, write the ledger, say what it all will cost.
@@ -85,8 +85,7 @@ def prepare(
         space: of that section.
         folder: ``DIR/tuning``.
         device: ``cpu`` or ``cuda``.
-        workers: processes; None: one a core, or one a GPU.
-        gpus: number of GPUs to use.
+        executor: where fleets will train.
         say: called with each line.
 
     Returns:
@@ -97,8 +96,8 @@ def prepare(
     """
     section = space.section
     written = plan_settings(experiment, device=device)
-    count, threads = crew_size(workers, gpus, len(written))
-    probes = Probes(folder / "probes.json", device=device, threads=threads)
+    slots = executor.slots(max(1, len(written)))
+    probes = Probes(folder / "probes.json", device=device, threads=slots.threads)
     solved: list[Solution] = []
     if section.match != "none":
 
@@ -121,7 +120,9 @@ def prepare(
     lines = [
         *ledger_lines(ledger),
         *family_lines(section, len(experiment.tasks)),
-        *cost_lines(settings, section, seconds, workers=count, panel_runs=PANEL_RATES * section.panel_seeds),
+        *cost_lines(
+            settings, section, seconds, workers=slots.workers, panel_runs=PANEL_RATES * section.panel_seeds
+        ),
     ]
     for line in lines:
         say(line)
@@ -129,7 +130,7 @@ def prepare(
 
 
 def planned_seconds(
-    experiment: Experiment, folder: Path, *, device: str, workers: int | None, gpus: int
+    experiment: Experiment, folder: Path, *, device: str, executor: Executor
 ) -> tuple[float, int]:
     """Seconds of computing that a tuning will take, by a short measurement, and its processes.
 
@@ -137,8 +138,7 @@ def planned_seconds(
         experiment: with its ``[tuning]`` section.
         folder: ``DIR/tuning``; what is measured there is not measured again.
         device: ``cpu`` or ``cuda``.
-        workers: processes; None: one a core, or one a GPU.
-        gpus: number of GPUs to use.
+        executor: where fleets will train.
 
     Raises:
         ExperimentError: the experiment can't be run.
@@ -146,14 +146,12 @@ def planned_seconds(
     section = experiment.tuning or TuningSection()
     space = check(experiment, section, device)
     folder.mkdir(parents=True, exist_ok=True)
-    settings, _ = prepare(
-        experiment, space, folder, device=device, workers=workers, gpus=gpus, say=lambda line: None
-    )
-    count, threads = crew_size(workers, gpus, len(settings))
-    probes = Probes(folder / "probes.json", device=device, threads=threads)
+    settings, _ = prepare(experiment, space, folder, device=device, executor=executor, say=lambda line: None)
+    slots = executor.slots(max(1, len(settings)))
+    probes = Probes(folder / "probes.json", device=device, threads=slots.threads)
     seconds = {index: probes.seconds(setting) for index, setting in enumerate(settings)}
     panel_runs = PANEL_RATES * section.panel_seeds
-    return total_cost(settings, section, seconds, panel_runs=panel_runs)[0], count
+    return total_cost(settings, section, seconds, panel_runs=panel_runs)[0], slots.workers
 
 
 def _plan_own(

@@ -17,9 +17,9 @@ from typing import Any
 import polars as pl
 from optuna.storages import BaseStorage
 
-from arena.grid.driver import GridReport, Pending, gpu_count, train_here
-from arena.grid.engine import Event, Work
+from arena.grid.driver import GridReport, Pending, as_executor
 from arena.grid.environment import foreign_kernels
+from arena.grid.executors import Event, Executor, Work, gpu_count
 from arena.grid.experiment import Experiment
 from arena.grid.fields import ExperimentError
 from arena.grid.plan import Run, Setting, canonical
@@ -57,8 +57,9 @@ def tune(
     *,
     device: str = "cpu",
     workers: int | None = None,
+    executor: Executor | str = "local",
     storage: str | None = None,
-    work: Work = train_here,
+    work: Work | None = None,
     on_start: Callable[[Pending], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
     on_line: Callable[[str], None] | None = None,
@@ -73,8 +74,10 @@ def tune(
         directory: the result folder.
         device: ``cpu`` or ``cuda``.
         workers: processes; None: one a core, or one a GPU.
+        executor: where fleets train: ``local``, ``ray``, ``slurm``, or what
+            :func:`arena.grid.executors.make_executor` made.
         storage: URL of a database for the Optuna studies; None: a journal file in the folder.
-        work: what a worker does with a fleet.
+        work: what a worker does with a fleet; None: train it.
         on_start: called before each stage, when it is known what is missing.
         on_event: called for everything that happens to a fleet.
         on_line: called with each line for people: the plan and its cost, bounds, winners.
@@ -86,7 +89,8 @@ def tune(
     problem = foreign_kernels()
     if problem is not None:
         raise ExperimentError(problem)
-    gpus = gpu_count(device)
+    gpu_count(device)  # what tuning measures before it starts is measured on this machine
+    engine = as_executor(executor, directory, device=device, workers=workers)
     section = experiment.tuning or TuningSection()
     experiment = experiment.model_copy(update={"tuning": section})
     say = on_line or (lambda line: None)
@@ -97,9 +101,7 @@ def tune(
         folder.mkdir(exist_ok=True)
         with store.turn():  # who joins finds it done
             name = identity(folder / "folder")
-            settings, solved = prepare(
-                experiment, space, folder, device=device, workers=workers, gpus=gpus, say=say
-            )
+            settings, solved = prepare(experiment, space, folder, device=device, executor=engine, say=say)
         report = TuneReport(planned=0)
         tuner = _Tuner(
             experiment=experiment,
@@ -120,8 +122,7 @@ def tune(
             folder,
             name,
             fleet_size=experiment.fleet_size,
-            workers=workers,
-            gpus=gpus,
+            executor=engine,
             work=work,
             report=report,
             score=tuner.score,

@@ -13,7 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+from arena.grid import ExperimentError
 from arena.grid.driver import train_runs
+from arena.grid.executors import Event, Slots, make_executor
+from arena.grid.executors.base import attempt
 from arena.grid.plan import Run
 
 SECONDS = 0.12
@@ -94,12 +97,29 @@ def work(fleet, progress):
     return {run.id: files(run, fleet.id) for run in fleet.runs}
 
 
+def quick(fleet, progress):
+    return {run.id: files(run, fleet.id) for run in fleet.runs}
+
+
+def refuse(text):
+    raise ExperimentError(text)
+
+
 def slow(fleet, progress):
     _note(f"start {fleet.id}")
     for step in range(1000):
         time.sleep(0.05)
         progress(step + 1)
     return {}
+
+
+def until_released(fleet, progress):
+    """Goes on only when the test says so."""
+    _note(f"start {fleet.id}")
+    while not Path(os.environ["FAKE_LOG"] + ".release").exists():
+        progress(1)
+        time.sleep(0.02)
+    return {run.id: files(run, fleet.id) for run in fleet.runs}
 
 
 def raise_in_one_group(fleet, progress):
@@ -140,7 +160,26 @@ def threads_seen(fleet, progress):
     raise RuntimeError(f"OMP {omp} MKL {mkl}")
 
 
-def drive(directory, workers=1, work=work, fleet_size=2, **changes):
+class Inline:
+    """An engine without processes, which take seconds to start."""
+
+    name = "inline"
+
+    def slots(self, fleets):
+        return Slots(workers=1, threads=1)
+
+    def run(self, queue, work, slots):
+        while queue:
+            fleet = queue.popleft()
+            yield Event(kind="started", fleet=fleet)
+            kind, content = attempt(work, fleet, lambda steps: None)
+            yield Event(kind=kind, fleet=fleet, **content)
+
+    def call(self, function, *arguments):
+        return function(*arguments)
+
+
+def drive(directory, workers=1, work=work, fleet_size=2, executor="local", on_event=None, **changes):
     return train_runs(
         make_runs(**changes),
         directory,
@@ -149,9 +188,17 @@ def drive(directory, workers=1, work=work, fleet_size=2, **changes):
         fleet_size=fleet_size,
         workers=workers,
         work=work,
+        executor=executor,
+        on_event=on_event,
     )
 
 
 if __name__ == "__main__":
-    result = drive(sys.argv[1], int(sys.argv[2]), work={"work": work, "slow": slow}[sys.argv[3]])
+    directory, where, kind = sys.argv[1:4]
+    works = {"work": work, "slow": slow, "held": until_released}
+    if where == "slurm":
+        engine = make_executor("slurm", directory=directory, workers=2, slurm={"time": 5})
+        result = drive(directory, work=works[kind], executor=engine)
+    else:
+        result = drive(directory, int(where), work=works[kind])
     print(result)

@@ -77,7 +77,7 @@ def test_killed_at_random_instants_the_table_is_the_same(tmp_path, log, workers)
     kills, whole_before = 0, []
     while kills < 5:
         driver = start_driver(directory, workers)
-        if not kills:  # on a fast machine the whole grid may end before a random instant: the first is in its first fleet
+        if not kills:  # on a fast machine the whole grid may end before a random instant
             wait_until(log.exists)
         try:
             driver.wait(timeout=rng.uniform(0.6, 1.8) if kills else 0)
@@ -211,23 +211,23 @@ def test_ctrl_c_stops_and_what_finished_is_kept(tmp_path, log):
 
 
 def test_threads_are_shared_out(monkeypatch):
-    from arena.grid import driver
+    from arena.grid.executors import local
 
-    monkeypatch.setattr(driver, "cpu_count", lambda: 8)
+    monkeypatch.setattr(local, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert driver.share_cores(None, 100) == (8, 1)
-    assert driver.share_cores(2, 100) == (2, 4)
-    assert driver.share_cores(None, 3) == (3, 2)
-    assert driver.share_cores(16, 100) == (16, 1)
-    assert driver.share_cores(4, 0) == (1, 8)
+    assert local.share_cores(None, 100) == (8, 1)
+    assert local.share_cores(2, 100) == (2, 4)
+    assert local.share_cores(None, 3) == (3, 2)
+    assert local.share_cores(16, 100) == (16, 1)
+    assert local.share_cores(4, 0) == (1, 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert driver.share_cores(2, 100) == (2, 1)
+    assert local.share_cores(2, 100) == (2, 1)
 
 
 def test_workers_get_their_threads(tmp_path, monkeypatch):
-    from arena.grid import driver
+    from arena.grid.executors import local
 
-    monkeypatch.setattr(driver, "cpu_count", lambda: 6)
+    monkeypatch.setattr(local, "cpu_count", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     report = grid_fakes.drive(tmp_path / "out", workers=2, work=grid_fakes.threads_seen)
     assert set(report.failed.values()) == {"RuntimeError: OMP 3 MKL 3"}
@@ -238,14 +238,15 @@ def test_workers_get_their_threads(tmp_path, monkeypatch):
 def test_workers_share_out_the_gpus(monkeypatch, visible, expected):
     from collections import deque
 
-    from arena.grid.engine import run_local
+    from arena.grid.executors import LocalExecutor, Slots
     from arena.grid.plan import plan_fleets
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     queue = deque(plan_fleets(grid_fakes.make_runs(groups=3, seeds=1), 1))
-    events = list(run_local(queue, grid_fakes.gpu_seen, workers=3, threads=1, gpus=2))
+    slots = Slots(workers=3, threads=1)
+    events = list(LocalExecutor(gpus=2).run(queue, grid_fakes.gpu_seen, slots))
     seen = [event.reason.removeprefix("RuntimeError: ") for event in events if event.kind == "error"]
     assert len(seen) == 3 and set(seen) == expected
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible

@@ -190,10 +190,26 @@ def test_membership_does_not_depend_on_what_is_finished():
 def test_a_recorded_split_is_used_again():
     runs = grid_fakes.make_runs(groups=1, seeds=10)
     fleets = plan_fleets(runs, 8)
-    halves = split_fleet(fleets[0])
-    assert [len(half.runs) for half in halves] == [4, 4]
+    halves, passed = split_fleet(fleets[0])
+    assert [len(half.runs) for half in halves] == [4, 4] and not passed
     recorded = [[r.id for r in f.runs] for f in (fleets[0], *halves)]
     assert {f.id for f in plan_fleets(runs, 8, recorded)} == {halves[0].id, halves[1].id, fleets[1].id}
+
+
+@pytest.mark.parametrize("fits", [None, 0, 1, 2, 3, 5])
+def test_a_split_that_was_killed_while_it_was_recorded_is_completed(fits):
+    runs = grid_fakes.make_runs(groups=1, seeds=23)
+    fleets = plan_fleets(runs, 11)
+    pieces, passed = split_fleet(fleets[0], fits)
+    assert [run for piece in pieces for run in piece.runs] == list(fleets[0].runs)
+    assert all(len(piece.runs) <= max(1, fits if fits is not None else 6) for piece in pieces)
+    nodes = {piece.id for piece in (*pieces, *passed, *fleets)}
+    order = [[run.id for run in piece.runs] for piece in (fleets[0], *passed, *pieces)]
+    for count in range(len(order) + 1):
+        found = plan_fleets(runs, 11, order[:count])
+        assert {fleet.id for fleet in found} <= nodes, "mates that the experiment does not give"
+        assert {fleet.id for fleet in fleets[1:]} <= {fleet.id for fleet in found}
+    assert {fleet.id for fleet in found} == {fleet.id for fleet in (*pieces, *fleets[1:])}
 
 
 def test_fleets_are_full_but_the_last():

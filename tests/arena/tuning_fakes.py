@@ -142,35 +142,26 @@ def note(text: str) -> None:
             file.write(f"{text}\n")
 
 
-def inline(queue, work, **_):
-    """The engine without processes, which take seconds to start."""
-    from arena.grid.engine import Event
+def drive(directory, *, storage=None, work=work, say=None, executor=None, **changes):
+    from grid_fakes import Inline
 
-    while queue:
-        fleet = queue.popleft()
-        yield Event(kind="started", fleet=fleet)
-        try:
-            yield Event(kind="done", fleet=fleet, results=work(fleet, lambda steps: None))
-        except ArithmeticError as error:
-            yield Event(kind="error", fleet=fleet, reason=str(error))
-
-
-def drive(directory, *, storage=None, work=work, workers=1, say=None, engine=inline, **changes):
     from arena.tuning import tune
 
-    with (
-        mock.patch("arena.tuning.prepare.Probes.seconds", lambda self, setting: 1e-3),  # nothing is measured
-        mock.patch("arena.tuning.crew.run_local", engine),
-    ):
+    with mock.patch("arena.tuning.prepare.Probes.seconds", lambda self, setting: 1e-3):  # nothing is measured
         return tune(
-            experiment(**changes), directory, storage=storage, work=work, workers=workers, on_line=say
+            experiment(**changes),
+            directory,
+            storage=storage,
+            work=work,
+            executor=executor or Inline(),
+            on_line=say,
         )
 
 
 if __name__ == "__main__":
-    from arena.grid.engine import run_local
+    from arena.grid.executors import LocalExecutor
 
     folder, url, seconds = sys.argv[1:4]
     os.environ["FAKE_SECONDS"] = seconds
-    result = drive(folder, storage=None if url == "-" else url, engine=run_local)
+    result = drive(folder, storage=None if url == "-" else url, executor=LocalExecutor(workers=1))
     print(result.stored, result.planned, result.elsewhere, flush=True)

@@ -76,7 +76,7 @@ class RayExecutor:
         """The value of a function on a worker that has what a fleet asks for."""
         ray = self._connect()
         task = ray.remote(_call).options(num_cpus=self.cpus, num_gpus=self.gpus)
-        outcome, value = ray.get(task.remote(function, arguments))
+        outcome, value = ray.get(task.remote(_pack((function, arguments))))
         if outcome == "refused":
             raise ExperimentError(value)
         return value
@@ -99,7 +99,7 @@ class RayExecutor:
         fleets: dict[str, Fleet] = {}
         waiting: dict[Any, str] = {}  # task -> fleet
         started: set[str] = set()
-        packed = ray.put((ray.cloudpickle.dumps(work), sys.path))
+        packed = ray.put(_pack(work))
         try:
             while queue or waiting:
                 while queue:
@@ -177,14 +177,26 @@ class _Board:
         return entries
 
 
-def _perform(packed: tuple[bytes, list[str]], fleet: Fleet, threads: int, board: Any) -> Message:
-    """The task. Modules are looked for where the driver finds them too, after the worker's own places."""
-    limit_threads(threads)
-    code, paths = packed
-    sys.path += [path for path in paths if path not in sys.path]
+def _pack(value: Any) -> tuple[bytes, list[str]]:
+    """What names functions, to be sent to a worker."""
     from ray import cloudpickle
 
-    work: Work = cloudpickle.loads(code)  # the driver's, through Ray
+    return cloudpickle.dumps(value), sys.path
+
+
+def _unpack(packed: tuple[bytes, list[str]]) -> Any:
+    """In the worker. Modules are found where the driver finds them too, after the worker's own places."""
+    from ray import cloudpickle
+
+    code, paths = packed
+    sys.path += [path for path in paths if path not in sys.path]
+    return cloudpickle.loads(code)  # the driver's, through Ray
+
+
+def _perform(packed: tuple[bytes, list[str]], fleet: Fleet, threads: int, board: Any) -> Message:
+    """The task."""
+    limit_threads(threads)
+    work: Work = _unpack(packed)
     where = f"on {socket.gethostname()}, process {os.getpid()}"
     board.put.remote(fleet.id, "started", {"where": where})
 
@@ -194,7 +206,8 @@ def _perform(packed: tuple[bytes, list[str]], fleet: Fleet, threads: int, board:
     return attempt(work, fleet, Throttle(tell, _LOOK))
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, Any]:
+def _call(packed: tuple[bytes, list[str]]) -> tuple[str, Any]:
+    function, arguments = _unpack(packed)
     try:
         return "done", function(*arguments)
     except ExperimentError as error:

@@ -129,7 +129,7 @@ def list_names(
     if what in ("all", "archs"):
         from arena.model import arch_names
 
-        print("architectures (also a+b, which alternates two of them, and xlstm[a:b]):")
+        print("architectures (also xlstm[m:n], a+b, a+b[3:1], a+b[first], a+b[last]: stacks of two):")
         for name in arch_names():
             print(f"  {name:24} {_origin('arena.blocks', name)}".rstrip())
     if what in ("all", "tasks"):

@@ -10,6 +10,7 @@ import polars as pl
 
 from arena.report.document import Section
 from arena.report.palette import Look, family_order
+from arena.report.routing import routing_section, routing_table
 from arena.report.tables import (
     SOLVED,
     accuracy_table,
@@ -94,6 +95,11 @@ def accuracy_sections(
         sections.append(replace(_overall_section(frames["overall"]), part=True))
     sections[-1] = replace(sections[-1], caption=_LEGEND)
     sections.append(Section(heading="Run by run", figures=figures[2:], caption=_RUNS, quiet=True))
+    routing = routing_table(best)
+    experts = routing_section(routing, labels)
+    if experts is not None:
+        sections.append(experts)
+        frames["routing"] = routing
     surfaces, table = surface_sections(chosen, folder, styles)
     if not table.is_empty():
         frames["surfaces"] = table

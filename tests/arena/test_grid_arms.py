@@ -68,9 +68,55 @@ def test_an_arm_without_changes_has_the_ids_of_its_architecture():
     assert {run.arm for run in named} == {"mine"}
 
 
+def test_a_field_that_came_later_leaves_the_ids_alone_at_its_default():
+    plain = planned(archs=["gdn"], arms={})
+    defaults = {"conv_on": "qkv", "experts": 1, "experts_per_token": 1, "load_balance": 0.01}
+    said = planned(archs=["gdn"], arms={}, model={**SMALL["model"], **defaults})
+    assert [run.id for run in plain] == [run.id for run in said]
+    changed = planned(archs=["gdn"], arms={}, model={**SMALL["model"], "experts": 2})
+    assert not {run.id for run in plain} & {run.id for run in changed}
+    assert changed[0].config["model"]["experts"] == 2
+
+
+def test_experts_and_convolutions_of_an_arm():
+    arms = {
+        "moe": {"arch": "gdn", "experts": 4, "experts_per_token": 2, "load_balance": 0.1},
+        "all": {"arch": "gdn", "conv": "dynamic-lowrank", "conv_on": "all"},
+    }
+    found = {
+        run.arm: run.config["model"]
+        for run in planned(archs=["moe", "all"], arms=arms, overrides={"moe": {"experts": 8}})
+    }
+    assert [found["moe"][name] for name in ("experts", "experts_per_token", "load_balance")] == [8, 2, 0.1]
+    assert (found["all"]["conv"], found["all"]["conv_on"]) == ("dynamic-lowrank", "all")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"arms": {"wide": {"arch": "gdn", "experts": 0}}}, r"experts = 0 in \[arms.wide\]"),
+        ({"arms": {"wide": {"arch": "gdn", "expert": 2}}}, "unknown key 'expert'.*did you mean 'experts'"),
+        (
+            {"archs": ["wide"], "arms": {"wide": {"arch": "gdn", "experts_per_token": 2}}},
+            "'wide': experts_per_token must be within 1..experts",
+        ),
+        (
+            {"archs": ["wide"], "arms": {"wide": {"arch": "gdn", "conv_on": "all"}}},
+            "'wide': conv_on = 'all' needs a convolution",
+        ),
+        ({"arms": {"wide": {"arch": "gdn", "conv_on": "out"}}}, r"conv_on = 'out' in \[arms.wide\]"),
+        (
+            {"archs": ["a"], "arms": {"a": {"arch": "mamba2", "outer": "official", "experts": 2}}},
+            "'mamba2' has no MLP",
+        ),
+        (
+            {"archs": ["gdn+swa", "gdn+swa[1:1]"], "arms": {}, "model": {"d_model": 16, "n_layers": 2}},
+            "'gdn\\+swa' and 'gdn\\+swa\\[1:1\\]' are the same model",
+        ),
+        (
+            {"archs": ["gdn+swa[3:1]"], "arms": {}, "model": {"d_model": 16, "n_layers": 2}},
+            "needs at least 4 layers",
+        ),
         (
             {"arms": {"wiede": {"arch": "gdn"}}},
             r"\[arms.wiede\] is about no architecture.*did you mean 'wide'",

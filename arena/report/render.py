@@ -38,7 +38,8 @@ def make_report(
     Returns:
         The files written to ``DIR/report``: page.html (one file, with everything in it), report.md, tables as
         .csv and .parquet (runs, accuracy, overall, budget, surfaces; routing where there are experts; of
-        tuning also points, best_of_n, panel, window, importance, spent, ledger, verdicts), figures as .png, each with its .svg beside it.
+        tuning also points, best_of_n, panel, window, importance, spent, ledger, verdicts), figures as .png,
+        each with its .svg beside it.
 
     Raises:
         StoreError: no result folder, or nothing in it.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arena.ablation.axes import Level, Levels, completed, label, levels_of, spec_of, wanted_points
+from arena.blocks import block_names, block_options
 from arena.blocks.matrix import MatrixMemoryBlock, MemoryBlock
 from arena.grid.experiment import (
     AblationSection,
@@ -107,6 +108,7 @@ def plan_ablation(experiment: Experiment) -> Ablation:
         own = _own_spec(experiment, arch, experiment.tasks[0])
     except ValueError as error:
         raise ExperimentError(one_line(error)) from None
+    _check_gate_space(experiment.arch_of(arch), {axis for point in wanted for axis in point})
     base_spec, base = bases[0]
     for axis in {axis for point in wanted for axis in point} & set(base):
         if len({levels[axis] for _, levels in bases}) > 1:
@@ -163,6 +165,17 @@ def gates_of_model(model: Model) -> tuple[GateSpec, Levels]:
         which = "no memory with gates" if not found else "several memories"
         raise ExperimentError(f"{model.config.arch!r} has {which}: ablate one architecture of gate space")
     return found[0]
+
+
+def _check_gate_space(arch: str, axes: set[str]) -> None:
+    """Refuse axes of gate space for a block whose gates can't be chosen, such as Mamba-3."""
+    gates = sorted(axes - {"conv", "output_gate"})
+    if gates and arch in block_names() and "gates" not in block_options(arch):
+        options = ", ".join(sorted(set(block_options(arch)) - {"output_gate"}))
+        raise ExperimentError(
+            f"{arch!r} has gates of its own, so that {', '.join(gates)} can't be an axis; conv and "
+            f"output_gate can, and arms with its options ({options}) are written as [arms.NAME]"
+        )
 
 
 def _build(experiment: Experiment, arm: str, entry: TaskSection) -> Model:

@@ -122,7 +122,8 @@ class Mamba3Memory(MemoryBlock):
         new: State = {}
         if gates.angle is not None:
             angle = torch.cat([state["angle"][:, None], gates.angle], 1).cumsum(1)
-            q, k = (rotated(x, -angle[:, 1:, :, None]) for x in (q, k))
+            cos, sin = _cos_sin(-angle[:, 1:, :, None], q.dtype)
+            q, k = _turned(q, cos, sin), _turned(k, cos, sin)
             new["angle"] = torch.remainder(angle[:, -1] + math.pi, 2 * math.pi) - math.pi
         # from here on index t of k_all, v_all and now_all is the token before token t
         k_all = torch.cat([state["key"][:, None].to(k.dtype), k], 1)
@@ -149,7 +150,7 @@ class Mamba3Memory(MemoryBlock):
         last = self.values(v_all[:, -1].to(memory.dtype)) * now_all[:, -1, :, None, None]
         new["memory"] = memory + k_all[:, -1].to(memory.dtype).mT @ last
         new["key"], new["value"] = (x[:, -1].to(memory.dtype) for x in (k_all, v_all))
-        return reads, new
+        return reads.to(v.dtype), new
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -230,8 +231,15 @@ class Mamba3Memory(MemoryBlock):
 
 def rotated(x: Tensor, angle: Tensor) -> Tensor:
     """The first 2 P channels of x [...,K] turned by angle [...,P] in pairs (2 i, 2 i + 1)."""
-    pairs = 2 * angle.shape[-1]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    return _turned(x, *_cos_sin(angle, x.dtype))
+
+
+def _cos_sin(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = 2 * cos.shape[-1]
     a, b = x[..., :pairs].unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
     return torch.cat([turned, x[..., pairs:]], -1)

@@ -131,6 +131,11 @@ def test_convolution_and_output_gate():
     assert len(fields) == 5
 
 
+def test_axes_outside_of_gate_space_are_open_to_every_memory():
+    found = planned("mamba3", tasks=["mqar"], conv=["none", "static"], output_gate=["silu", "none"])
+    assert len(found.experiment.arms) == 3 and not found.left_out
+
+
 def test_presets():
     paper = planned(presets=["paper"])
     assert list(arms(paper)) == ["gdn2 erase=mean", "gdn2 write=mean", "gdn2 erase_range=2"]
@@ -181,6 +186,10 @@ def test_the_gates_of_the_file_are_the_base():
         (dict(erase=["channel"]), "no point to compare 'gdn2' with"),
         (dict(decay=["scalar"], write=["exponential"]), "exponential write needs"),
         (dict(arch="slstm", erase=["none"]), "'slstm' has no memory with gates"),
+        (
+            dict(arch="mamba3", erase=["none"]),
+            "'mamba3' has gates of its own, so that erase can't be an axis",
+        ),
         (dict(arch="gdn+kda", model={"n_layers": 2}, erase=["none"]), "'gdn+kda' has several memories"),
         (dict(tasks=["parity", "mqar"], conv=["gate"]), "conv differs between the tasks of ablation"),
         (dict(arch="gdn9", erase=["none"]), "unknown architecture 'gdn9'"),

@@ -303,6 +303,28 @@ def test_hand_set_weights_solve_parity():
     torch.testing.assert_close(counted[..., 0], bits[:, :20].cumsum(1).float(), rtol=1e-2, atol=1e-2)
 
 
+def test_hand_set_parity_holds_for_32768_tokens():
+    """In float32: A at its floor keeps e^-1.6 of the difference over 16,000 turns by pi."""
+    bits = torch.randint(2, (1, 32768), generator=torch.Generator().manual_seed(2))
+    x = torch.zeros(1, 32768, 8)
+    x[..., 0], x[..., 1] = bits, 1.0
+    with torch.no_grad():
+        y, _ = parity_block()(x)
+    assert torch.equal((y[..., 0] > 0.5).long(), bits.cumsum(1) % 2)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("outer", ["official", "common"])
+def test_bfloat16_keeps_its_memory_in_float32(outer, rank):
+    block, x = make(outer, rank=rank, spread=0.1, dtype=torch.bfloat16), tokens(40).bfloat16()
+    y, state = block(x)
+    assert y.dtype == torch.bfloat16
+    assert {state[name].dtype for name in ("memory", "key", "value")} == {torch.float32}
+    assert state["angle"].dtype == torch.float64
+    exact, _ = block.double()(x.double())
+    assert (y.double() - exact).norm() < 0.02 * exact.norm()
+
+
 def test_sizes_and_initial_values():
     block = build_block("mamba3", d_model=64, n_heads=4, outer="official", headdim=16, d_state=32, rank=4)
     assert (block.n_heads, block.value_dim, block.key_dim, block.pairs, block.mlp) == (8, 16, 32, 8, "swiglu")

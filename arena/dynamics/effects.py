@@ -2,14 +2,14 @@
 
 Heads are chosen on one set of sequences (split valid) and the effect is measured on another (split test), so
 that no head is chosen for the effect that is then reported. An effect is the accuracy with the intervention
-less that without, on the same sequences; a sequence is one unit, for the answers within it are not
-independent.
+less that without, on the same sequences; a sequence is one unit: the answers in it are not independent.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,8 @@ NEAR_MINUS_ONE = -0.9
 change the answer: a memory multiplied 16 times by 0.9 keeps 0.19 of itself."""
 LOOKED_AT = 64
 """Sequences of split valid that heads are identified and gates averaged on."""
+CLAMPS = {"erase": (0.0, 1.0), "decay": (0.0, 1.0), "angle": (-math.pi / 2, math.pi / 2)}
+"""Gate -> the values with which it makes no eigenvalue of a negative real part."""
 MOST_TOKENS = 2048
 """Of a class, evenly spaced, whose eigenvalues are computed."""
 MOST_CONTROLS = 12
@@ -222,9 +224,9 @@ def standard_interventions(
     - every gate frozen at its mean, in all heads and in each head alone: what the gate's dependence on the
       token is worth;
     - erase set to zero in all heads;
-    - where some erase exceeds 1, erase clamped to [0, 1], and where some decay is negative, decay: in all
-      heads, in each, in the heads that flip, in these only at tokens that leave the answer, and in as many of
-      the others (:data:`MOST_CONTROLS` sets at most; all others, where they are fewer).
+    - where a gate leaves its interval in :data:`CLAMPS`, clamped to it: in all heads, in each, in the heads
+      that flip, in these only at tokens that leave the answer, and in as many of the others
+      (:data:`MOST_CONTROLS` sets at most; all others, where they are fewer).
 
     Args:
         model: a model.
@@ -251,16 +253,13 @@ def standard_interventions(
         for place in places:
             add([place], "head", gate, "freeze")
     add(places, "all", "erase", "zero")
-    for gate in _leave_unit_interval(model, tokens):
-        clamp: Any = {"gate": gate, "action": "clamp", "low": 0.0, "high": 1.0}
+    for gate in _leave_their_interval(model, tokens):
+        clamp: Any = {"gate": gate, "action": "clamp", "low": CLAMPS[gate][0], "high": CLAMPS[gate][1]}
         add(places, "all", **clamp)
         for place in places:
             add([place], "head", **clamp)
-        flipping = [
-            place
-            for place in flipping_heads(head_eigenvalues(model, tokens, classes))
-            if gate in gates[place[0]]
-        ]
+        flipping = flipping_heads(head_eigenvalues(model, tokens, classes))
+        flipping = [place for place in flipping if gate in gates[place[0]]]
         if flipping:
             add(flipping, "identified", **clamp)
             add(flipping, "elsewhere", **clamp, tokens="stays")
@@ -281,14 +280,13 @@ def _control_sets(others: list[tuple[int, int]], size: int) -> list[tuple[tuple[
 
 
 @torch.no_grad()
-def _leave_unit_interval(model: nn.Module, tokens: Tensor) -> list[str]:
-    """Of erase and decay those with values that make negative eigenvalues: outside of [0, 1]."""
+def _leave_their_interval(model: nn.Module, tokens: Tensor) -> list[str]:
+    """The gates of :data:`CLAMPS` that have values outside."""
     found: set[str] = set()
 
     def look(layer: int, values: dict[str, Tensor], start: int | None) -> dict[str, Tensor]:
-        found.update(
-            g for g in ("erase", "decay") if g in values and (values[g].max() > 1 or values[g].min() < 0)
-        )
+        inside = {gate: values[gate].clamp(*CLAMPS[gate]) for gate in CLAMPS.keys() & values}
+        found.update(gate for gate, value in inside.items() if not torch.equal(value, values[gate]))
         return values
 
     with hooked(model, look):
@@ -359,8 +357,7 @@ def measure_effects(
         row["changed"] = float(np.mean([share for *_, share in members]))
         rows.append(row)
         if what in identified:
-            claimed, after = identified[what]
-            difference = after - mean
+            claimed, difference = identified[what][0], identified[what][1] - mean
             interval = mean_interval(difference, least=-1) or (None, None)
             rows.append(
                 {**claimed, "role": "contrast", "effect": float(difference.mean())}

@@ -62,7 +62,7 @@ def draw_figures(tables: Tables, labels: dict[tuple[str, str], str], folder: Pat
         "effects": [("accuracy lost with a gate frozen at its mean", panels.effect_panel(small, longest))],
         "identified": [
             (
-                "accuracy with erase (or signed decay) clamped to [0, 1]",
+                "accuracy with erase (or signed decay, angle) clamped",
                 panels.identified_panel(small, longest),
             )
         ],

@@ -27,7 +27,8 @@ _SECTIONS: list[tuple[str, str, Callable[[Sequence[findings.Task]], Iterator[str
         "answer, "
         f"is at most {NEAR_MINUS_ONE}; heads are chosen on {LOOKED_AT} sequences of split valid, effects "
         "measured on "
-        "split test. Erase (a signed decay: decay) is clamped, write is not, also where training ties them. "
+        "split test. Erase (a signed decay: decay; a turn: angle, to a quarter) is clamped, write is not, "
+        "also where training ties them. "
         "Marks: one run each; "
         "bars: 95 % "
         "interval over sequences.",

@@ -320,7 +320,7 @@ def effect_panel(tables: Tables, longest: pl.DataFrame) -> Panel:
 
 
 def identified_panel(tables: Tables, longest: pl.DataFrame) -> Panel:
-    """Accuracy with a gate clamped to [0, 1] in the heads that flip and in as many others, for each run."""
+    """Accuracy with a gate clamped in the heads that flip and in as many others, for each run."""
     pens = looks(tables.runs["arm"])
     table = tables.effects.join(longest, on=["task", "task_params", "length"], how="semi")
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import arena
+import synthetic_tasks
 from arena.dynamics import QUANTITIES, edited, measure, parse_edit
-from arena.dynamics.effects import head_eigenvalues
+from arena.dynamics.effects import head_eigenvalues, measure_effects
 from arena.dynamics.hooks import gates_of, hooked
 from arena.dynamics.intervene import check
 from arena.dynamics.retention import by_source
 from arena.dynamics.state import advance
+from arena.model import ModelConfig, build_model
 from synthetic_tasks import Writes
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -234,3 +236,41 @@ def test_the_parity_of_the_hand_set_block_hangs_on_its_angle():
     with torch.no_grad(), edited(block, [parse_edit("angle:zero")], {}):
         counted = block(x)[0][..., 0]
     torch.testing.assert_close(counted, bits.cumsum(1).float(), rtol=1e-2, atol=1e-2)
+
+
+def parity_model():
+    """The hand-set block in a model: after the norm a one is [2, 2, 0 ...], a zero [0, 8^(1/2), 0 ...]."""
+    config = ModelConfig(
+        arch="mamba3", vocab_size=2, n_classes=2, d_model=8, n_heads=1, n_layers=1, outer="official"
+    )
+    model = build_model(config, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        block = model.blocks[0]
+        block.load_state_dict(parity_block().state_dict())
+        block.project.weight[:, 0] /= 2
+        block.project.weight[:16, 1] /= 2  # z is 10 at a one, 14 at a zero: SiLU is the identity on both
+        block.out.weight[2] = block.out.weight[0]
+        block.out.weight[0] = 0.0
+        model.embedding.weight[1, :2] = 1.0
+        model.embedding.weight[0, 1] = 1.0
+        model.head.weight[1, 2], model.head.weight[1, 1] = 1.0, -0.5
+    return model
+
+
+def test_the_head_that_turns_is_found_and_confirmed():
+    """Known answer: with its turn clamped to a quarter the memory adds up instead of going back and forth."""
+    task = synthetic_tasks.get("parity", supervision="running")
+    table = measure_effects(parity_model(), task, 40, n_sequences=64)
+    clamped = table.filter(pl.col("change") == "angle clamped to [-1.5708, 1.5708]")
+    (found,) = clamped.filter(role="identified").to_dicts()
+    assert found["heads"] == "0.0" and found["baseline"] == 1
+    assert found["accuracy"] < 0.8 and found["high"] < -0.2
+    (elsewhere,) = clamped.filter(role="elsewhere").to_dicts()
+    assert elsewhere["effect"] == 0
+    (control,) = clamped.filter(role="control").to_dicts()
+    assert control["effect"] == 0
+    single = clamped.filter(role="head").select("heads", "effect").rows()
+    assert [heads for heads, effect in single if effect != 0] == ["0.0"]

@@ -111,6 +111,7 @@ def _calls(module: Any, tokens: Any, who: str) -> list[Any]:
     import arena.blocks.lstm
     import arena.blocks.outer
     import arena.blocks.slstm
+    import arena.mlp
     import kernels
 
     cases: list[Any] = []
@@ -121,6 +122,7 @@ def _calls(module: Any, tokens: Any, who: str) -> list[Any]:
         (arena.blocks.lstm, "lstm"),
         (arena.blocks.outer, "short_conv"),
         (arena.blocks.outer, "dynamic_short_conv"),
+        (arena.mlp, "experts"),
     ]
     with ExitStack() as stack, torch.no_grad():
         for holder, name in places:
@@ -139,7 +141,8 @@ def _recorder(operator: Callable[..., Any], name: str, who: str, cases: list[Any
     def call(*args: Any, **options: Any) -> Any:
         given = inspect.signature(operator).bind(*args, **options).arguments
         given.pop("backend", None)
-        inputs = {key: x.detach().double() for key, x in given.items() if isinstance(x, Tensor)}
+        tensors = {key: x.detach() for key, x in given.items() if isinstance(x, Tensor)}
+        inputs = {key: x.double() if x.is_floating_point() else x for key, x in tensors.items()}
         if "decay_sign" in inputs:  # an integer tensor is not differentiated
             inputs["decay_sign"] = inputs["decay_sign"].to(torch.int8)
         states = {key: x for key, x in given.items() if isinstance(x, tuple)}

@@ -39,6 +39,7 @@ name = "parity"
 train_lengths = [3, 8]
 eval_lengths = [12, 24]
 """
+EXPERTS = SMALL.replace("n_layers = 1", "n_layers = 1\nexperts = 4\nexperts_per_token = 2")
 ONE = SMALL.replace('"gdn", "gla", "mlstm", "slstm", "mamba2-neg"', '"gla"')
 
 
@@ -231,3 +232,12 @@ def test_rows_carry_the_verdict(tmp_path):
         and wrong.err.startswith("arena: no experiment 'nosuch'")
         and "\n" not in wrong.err[:-1]
     )
+
+
+def test_the_experts_of_an_experiment_are_examined():
+    cases = [x for x in experiment_cases(parse_experiment(tomllib.loads(EXPERTS))) if x.operator == "experts"]
+    assert len(cases) == 2, "the longest training and the longest evaluation length"
+    assert not cases[0].inputs["chosen"].is_floating_point()
+    for case in cases:
+        found = [x for x in findings(case, ["cpu"]) if x.backend == "fused"]
+        assert [x.verdict for x in found] == ["ok"], found

@@ -124,7 +124,9 @@ def test_initial_weights_are_a_function_of_config_and_seed(arch):
     assert all(value.isfinite().all() for value in states[0].values())
 
 
-@pytest.mark.parametrize("arch", arch_names())
+@pytest.mark.parametrize(
+    "arch", [*arch_names(), "gdn2+swa[2:1]", "mamba3+attention[last]", "deltaproduct[2]+slstm[first]"]
+)
 @pytest.mark.parametrize("outer", ["common", "official"])
 def test_forward_equals_steps_equals_halves(arch, outer):
     model = build_model(config(arch, outer=outer, n_layers=3), seed=1).double()

@@ -25,7 +25,7 @@ from arena.cli.common import (
 )
 from arena.cli.dynamics import dynamics
 from arena.cli.machine import bench, doctor
-from arena.cli.report import report
+from arena.cli.report import compare, report
 from arena.cli.reproduce import reproduce
 from arena.cli.train import grid, tune
 
@@ -162,6 +162,7 @@ app.command()(ablate)
 app.command()(dynamics)
 app.command()(reproduce)
 app.command()(report)
+app.command()(compare)
 app.command()(doctor)
 app.command("check-block")(check_block)
 app.add_typer(bench, name="bench")

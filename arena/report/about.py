@@ -33,18 +33,18 @@ def asked_section(request: Mapping[str, Any], *, tuned: bool) -> Section | None:
             "tested at": _value(entry.get("eval_lengths")),
             **_table(entry, "params"),
             **{key: entry.get(key) for key in ("steps", "batch_size")},
-            **_flat(_table(entry, "model"), "model"),
+            **flat(_table(entry, "model"), "model"),
         }
         rows.append([f"task {entry.get('name')}", _facts(facts)])
-    rows.append(["model", _facts(_flat(_table(request, "model")))])
+    rows.append(["model", _facts(flat(_table(request, "model")))])
     for section in ("arms", "overrides"):
         rows += [
-            [f"{section[:-1]} {name}", _facts(_flat(fields))]
+            [f"{section[:-1]} {name}", _facts(flat(fields))]
             for name, fields in _table(request, section).items()
         ]
-    rows.append(["training", _facts(_flat(_table(request, "train")))])
+    rows.append(["training", _facts(flat(_table(request, "train")))])
     if tuned:
-        rows.append(["tuning", _facts(_flat(_table(request, "tuning")))])
+        rows.append(["tuning", _facts(flat(_table(request, "tuning")))])
     else:
         points = {key.replace("_", " "): request.get(key) for key in ("lr", "weight_decay", "seeds")}
         rows.append(["points and seeds", _facts(points)])
@@ -147,13 +147,13 @@ def _table(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one, with dotted names."""
     found: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping):
-            found |= _flat(value, name)
+            found |= flat(value, name)
         else:
             found[name] = value
     return found

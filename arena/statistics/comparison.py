@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Literal
@@ -12,6 +14,8 @@ from arena.statistics.intervals import MIN_UNITS, Scores, finite_scores
 
 EXACT_PAIRS = 20
 """Up to so many pairs that differ, every one of the 2^n sign patterns is counted."""
+EXACT_DEALS = 200_000
+"""Up to so many ways of dealing runs into two groups, every one is counted (two groups of ten: 184,756)."""
 
 
 def probability_of_improvement(x_strata: Sequence[Scores], y_strata: Sequence[Scores]) -> float:
@@ -86,6 +90,48 @@ def sign_flip_test(
     bound = (abs(observed) if alternative == "two-sided" else observed) - 1e-12 * size
     hits = int(((np.abs(sums) if alternative == "two-sided" else sums) >= bound).sum())
     return hits / len(sums) if exact else (hits + 1) / (len(sums) + 1)
+
+
+def permutation_test(x: Scores, y: Scores, *, replicates: int = 100_000, seed: int = 0) -> float:
+    """Two-sided p-value of the difference of means of two groups without pairs, by dealing the runs anew.
+
+    Under the null hypothesis all ways of dealing the n + m runs into groups of n and m are equally likely,
+    and p is the share of them whose difference of means is at least as large as the observed one, so at
+    least one in C(n + m, n).
+
+    Args:
+        x: scores of the runs of X.
+        y: scores of the runs of Y.
+        replicates: deals drawn where there are more than :data:`EXACT_DEALS`; p is then
+            (hits + 1) / (replicates + 1).
+        seed: of those draws.
+
+    Raises:
+        ValueError: an empty group, or a score that is not finite.
+    """
+    first, second = finite_scores(x), finite_scores(y)
+    pooled, n = np.concatenate([first, second]), len(first)
+    total, count = pooled.sum(), len(pooled)
+    deals = math.comb(count, n)
+    exact = deals <= EXACT_DEALS
+    if exact:
+        places = np.fromiter(
+            itertools.chain.from_iterable(itertools.combinations(range(count), n)), dtype=np.int64
+        )
+        sums = pooled[places.reshape(deals, n)].sum(axis=1)
+    else:
+        rng = np.random.default_rng(seed)
+        sums = np.concatenate(
+            [
+                rng.permuted(np.tile(pooled, (min(5_000, replicates - start), 1)), axis=1)[:, :n].sum(axis=1)
+                for start in range(0, replicates, 5_000)
+            ]
+        )
+    # the difference of means, but for a factor, is the distance of a group's sum from its share of the total
+    distance = np.abs(sums - total * n / count)
+    bound = abs(first.sum() - total * n / count) - 1e-12 * np.abs(pooled).sum()
+    hits = int((distance >= bound).sum())
+    return hits / deals if exact else (hits + 1) / (len(sums) + 1)
 
 
 def holm(p_values: Scores) -> np.ndarray:

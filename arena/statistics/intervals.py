@@ -120,6 +120,30 @@ def paired_difference_interval(
     return _interval(x - y, level)
 
 
+def difference_interval(
+    x: Scores, y: Scores, *, level: float = 0.95, replicates: int = REPLICATES, seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile interval of the interquartile mean of X less that of Y, whose runs have nothing in common.
+
+    Runs are drawn anew in each group by itself.
+
+    Returns:
+        The interval, or None where it would mislead: a group of fewer than :data:`MIN_UNITS`, or no width.
+
+    Raises:
+        ValueError: no scores, or one that is not finite.
+    """
+    groups = [finite_scores(x), finite_scores(y)]
+    if min(len(group) for group in groups) < MIN_UNITS:
+        return None
+    rng = np.random.default_rng(seed)
+    means = [
+        interquartile_mean(group[rng.integers(len(group), size=(replicates, len(group)))], axis=1)
+        for group in groups
+    ]
+    return _interval(means[0] - means[1], level)
+
+
 def _paired(
     x_strata: Sequence[Scores], y_strata: Sequence[Scores]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:

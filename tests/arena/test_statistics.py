@@ -17,6 +17,7 @@ from arena.statistics import (
     bootstrap_interval,
     clopper_pearson,
     detectable_effect,
+    difference_interval,
     equivalence_test,
     expected_best,
     expected_best_band,
@@ -24,6 +25,7 @@ from arena.statistics import (
     interquartile_mean,
     paired_difference,
     paired_difference_interval,
+    permutation_test,
     probability_of_improvement,
     seeds_needed,
     sign_flip_test,
@@ -337,3 +339,40 @@ def test_the_rule_of_a_claim_keeps_its_level(kind):
             and sign_flip_test(np.subtract(x, y)) <= 0.05
         )
     assert 0 < claims <= tries * (0.05 + 2 * math.sqrt(0.05 * 0.95 / tries))
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 3), (4, 4), (3, 7), (6, 7), (12, 15)])
+def test_permutation_test_against_scipy(n, m):
+    rng = np.random.default_rng([n, m])
+    for shift in (0.0, 1.0):
+        x, y = rng.normal(size=n) + shift, np.round(rng.normal(size=m), 1)
+        ours = permutation_test(x, y)
+        theirs = scipy.stats.permutation_test(
+            (x, y),
+            lambda a, b, axis: np.abs(a.mean(axis=axis) - b.mean(axis=axis)),
+            alternative="greater",
+            n_resamples=200_000 if n + m <= 20 else 20_000,
+            rng=np.random.default_rng(0),
+            vectorized=True,
+        ).pvalue
+        assert ours == pytest.approx(theirs, abs=1e-9 if n + m <= 20 else 0.015)
+        assert ours == pytest.approx(permutation_test(y, x), abs=1e-9 if n + m <= 20 else 0.01)
+
+
+def test_permutation_test_at_its_ends():
+    assert permutation_test([1.0, 1.0], [1.0]) == 1.0
+    assert permutation_test([0.0] * 10, [1.0] * 10) == pytest.approx(2 / math.comb(20, 10))
+    with pytest.raises(ValueError, match="at least one"):
+        permutation_test([], [1.0])
+
+
+def test_interval_of_a_difference_without_pairs():
+    rng = np.random.default_rng(1)
+    inside = 0
+    for _ in range(100):
+        x, y = rng.normal(0.5, 1, size=20), rng.normal(0, 1, size=20)
+        low, high = difference_interval(x, y, replicates=2_000)
+        inside += low <= 0.5 <= high
+    assert inside >= 86, "nominal 95 %: under 86 of 100 has a chance of 1e-4"
+    assert difference_interval([1.0] * 9, [0.0] * 20) is None
+    assert difference_interval([1.0] * 10, [0.0] * 10) is None, "no width"

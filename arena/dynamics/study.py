@@ -254,11 +254,12 @@ def study(
 def read_study(out: str | Path) -> Tables | None:
     """The tables that :func:`study` wrote to ``out``; None where there is no finished study."""
     out = Path(out)
-    names = [name for name in Tables._fields if name != "measurements"]
+    names = ("runs", "eigenvalues", "effects", "decodability", "fields")
     if not all((out / f"{name}.parquet").exists() for name in names):
         return None
     tables = {name: pl.read_parquet(out / f"{name}.parquet") for name in names}
-    return Tables(measurements=pl.scan_parquet(out / "measurements" / "*.parquet"), **tables)
+    added = {path.stem: pl.read_parquet(path) for path in sorted((out / "added").glob("*.parquet"))}
+    return Tables(measurements=pl.scan_parquet(out / "measurements" / "*.parquet"), added=added, **tables)
 
 
 def _about(frame: pl.DataFrame, about: dict[str, Any]) -> pl.DataFrame:

@@ -58,6 +58,8 @@ class MemoryBlock(Block):
 
     scale: float | None = None
     """On q; None means K ** -0.5."""
+    erasing_steps: int | None = None
+    """So many of a token's micro-steps, the first ones, have an erase gate; None: all."""
     conv: ShortConv
 
     def __init__(self, *, d_model: int, n_heads: int, spec: GateSpec, key_dim: int, value_dim: int) -> None:
@@ -255,7 +257,7 @@ class MatrixMemoryBlock(MemoryBlock):
         key_dim, value_dim = layer.head_dims(d_model, n_heads)
         super().__init__(d_model=d_model, n_heads=n_heads, spec=spec, key_dim=key_dim, value_dim=value_dim)
         self.layer = layer
-        updates = n_heads * spec.micro_steps
+        updates = n_heads * self.keys_a_token
         self.widths = [n_heads * key_dim, updates * key_dim, updates * value_dim]
         conv = conv or layer.conv
         activation = layer.activation == "silu" or conv != "none"
@@ -269,6 +271,11 @@ class MatrixMemoryBlock(MemoryBlock):
         self.out = nn.Linear(n_heads * value_dim, d_model, bias=False)
         if layer.init == "xavier":
             xavier_(self, {self.qkv: self.widths})
+
+    @property
+    def keys_a_token(self) -> int:
+        """How many keys and values are projected for a token."""
+        return self.micro_steps
 
     def make_gates(self) -> None:
         """Create the parameters that :meth:`gates` uses; override both together."""
@@ -287,7 +294,7 @@ class MatrixMemoryBlock(MemoryBlock):
     def inputs(self, x: Tensor, state: State | None) -> Inputs:
         """See :class:`MemoryBlock`."""
         mixed, rows = self.conv(self.qkv(x), x, None if state is None else state.get("conv"))
-        steps = (1, self.micro_steps, self.micro_steps)
+        steps = (1, self.keys_a_token, self.keys_a_token)
         q, k, v = (
             micro_heads(y, n, self.n_heads) for y, n in zip(mixed.split(self.widths, -1), steps, strict=True)
         )

@@ -209,9 +209,9 @@ class OutputGate(nn.Module):
         return self.activation(self.linear(x)).unflatten(-1, (self.n_heads, -1))
 
 
-def l2_norm(x: Tensor) -> Tensor:
-    """Length 1 over the last axis (eps 1e-6 inside the root)."""
-    return _Unit.apply(x, 1e-6)[0]
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Length 1 over the last axis (``eps`` inside the root)."""
+    return _Unit.apply(x, eps)[0]
 
 
 class _Unit(torch.autograd.Function):

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from arena.blocks.attention import Attention
 from arena.blocks.base import Block, State
-from arena.blocks.gates import GateValues, at_micro_step
+from arena.blocks.gates import GateValues
 from arena.blocks.matrix import Inputs, MemoryBlock
 from arena.blocks.recurrent import RecurrentBlock
 from arena.dynamics.record import blocks_of
@@ -31,7 +32,8 @@ The position counts on where a state continues a sequence; None: the state is no
 
 Names and values are those of the trace vocabulary: ``decay`` (signed), ``erase``, ``write`` (in mLSTM, sLSTM
 and LSTM the value of the input gate), ``output``. With n micro-steps a token, erase and write have those of
-all of them side by side, [B,T,H,n C], the first one's first; decay is that of the token."""
+all of them side by side, [B,T,H,n C], the first one's first; decay is that of the token, and RWKV-7's erase
+that of the micro-step that has one."""
 
 _LOGIT = 80.0
 """Pre-activation that stands for a gate of exactly 0 or 1: exp(-80) is 2e-35."""
@@ -84,7 +86,7 @@ def hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
             for name in ("forward", "trace", "initial_state") if gates_of(block) else ():
                 wrap(block, name, _follow(name, place, positions))
             if isinstance(block, MemoryBlock):
-                wrap(block, "inputs", _hook_inputs(layer, hook, place, block.gate_steps))
+                wrap(block, "inputs", _hook_inputs(layer, hook, place, block))
                 wrap(block, "output_gate", _hook_output_gate(layer, hook, place))
             elif isinstance(block, RecurrentBlock):
                 wrap(block, "cell", _hook_cell(layer, block, hook, place))
@@ -125,11 +127,11 @@ def _follow(name: str, place: _Place, positions: WeakTensorKeyDictionary) -> Cal
     return make
 
 
-def _hook_inputs(layer: int, hook: Hook, place: _Place, n: int) -> Callable[[Any], Any]:
+def _hook_inputs(layer: int, hook: Hook, place: _Place, block: MemoryBlock) -> Callable[[Any], Any]:
     def make(inputs: Callable[[Tensor, State | None], Inputs]) -> Any:
         def changed(x: Tensor, state: State | None) -> Inputs:
             into = inputs(x, state)
-            return into._replace(gates=_changed_gates(into.gates, layer, hook, place.start, n))
+            return into._replace(gates=_changed_gates(into.gates, layer, hook, place.start, block))
 
         return changed
 
@@ -169,30 +171,39 @@ def _memory_gates(gates: GateValues) -> dict[str, Tensor]:
     return values
 
 
-def _side_by_side(name: str, gate: Tensor, n: int) -> Tensor:
-    """A gate of n micro-steps a token, [B,T n,H,C], as a hook sees it: [B,T,H,n C], of decay [B,T,H,C]."""
-    by_token = gate.unflatten(1, (-1, n))
-    return by_token[:, :, 0] if name == "decay" else by_token.movedim(2, 3).flatten(3)
+def _gated_steps(name: str, block: MemoryBlock) -> int:
+    """So many of a token's micro-steps, the first ones, have this gate."""
+    return {"decay": 1, "erase": block.erasing_steps}.get(name) or block.gate_steps
 
 
-def _one_by_one(name: str, gate: Tensor, n: int) -> Tensor:
-    """The inverse of :func:`_side_by_side`."""
-    if name == "decay":
-        return at_micro_step(gate, 0, n, elsewhere=1.0)
-    return gate.unflatten(3, (n, -1)).movedim(3, 2).flatten(1, 2)
+def _side_by_side(gate: Tensor, n: int, count: int) -> Tensor:
+    """A gate of the first ``count`` of n micro-steps, [B,T n,H,C], as a hook sees it: [B,T,H,count C]."""
+    return gate.unflatten(1, (-1, n))[:, :, :count].movedim(2, 3).flatten(3)
 
 
-def _changed_gates(gates: GateValues, layer: int, hook: Hook, start: int | None, n: int) -> GateValues:
+def _one_by_one(gate: Tensor, n: int, count: int, *, elsewhere: float) -> Tensor:
+    """The inverse of :func:`_side_by_side`; the other micro-steps have the gate's neutral value."""
+    steps = gate.unflatten(3, (count, -1)).movedim(3, 2)
+    return F.pad(steps, (0, 0, 0, 0, 0, n - count), value=elsewhere).flatten(1, 2)
+
+
+def _changed_gates(
+    gates: GateValues, layer: int, hook: Hook, start: int | None, block: MemoryBlock
+) -> GateValues:
     before = {
         name: value[..., None] if value.dim() == 3 else value for name, value in _memory_gates(gates).items()
     }
+    n = block.gate_steps
     if n == 1:
         after = hook(layer, dict(before), start)
     else:
-        seen = {name: _side_by_side(name, value, n) for name, value in before.items()}
+        counts = {name: _gated_steps(name, block) for name in before}
+        seen = {name: _side_by_side(value, n, counts[name]) for name, value in before.items()}
         found = hook(layer, dict(seen), start)
         after = {
-            name: before[name] if value is seen[name] else _one_by_one(name, value, n)
+            name: before[name]
+            if value is seen[name]
+            else _one_by_one(value, n, counts[name], elsewhere=float(name == "decay"))
             for name, value in found.items()
         }
     exponential = gates.input_gate is not None and gates.forget_gate is not None

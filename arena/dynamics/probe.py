@@ -98,7 +98,7 @@ def memories(model: nn.Module, tokens: Tensor) -> list[Tensor | None]:
 
 
 def _flat(state: dict[str, Tensor]) -> Tensor | None:
-    beside = ("m", "stabiliser", "conv", "conv_out", "conv_up", "conv_down")
+    beside = ("m", "stabiliser", "shift", "conv", "conv_out", "conv_up", "conv_down")
     parts = [x.flatten(1).double() for name, x in state.items() if name not in beside]
     return torch.cat(parts, 1) if parts else None
 

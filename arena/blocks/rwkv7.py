@@ -174,6 +174,7 @@ class OfficialRWKV7(_TwoSteps):
     """
 
     scale = 1.0
+    map_out = "out"
 
     def __init__(self, *, d_model: int, n_heads: int, conv: str | None, depth: float, n_blocks: int) -> None:
         if n_blocks < 1:

@@ -266,7 +266,7 @@ def test_dynamics_of_two_unlike_micro_steps(outer):
         assert found == pytest.approx([float(torch.linalg.eigvals(matrix).real.min())], abs=1e-5)
     decays = frame.filter(quantity="half_life", head=0)["value"].to_list()
     log_w = trace["log_decay"][:, ::2, 0].mean()
-    assert decays == pytest.approx([math.log(2) / -float(log_w)])
+    assert decays == pytest.approx([math.log(2) / -float(log_w.detach())])
     writes = frame.filter(quantity="write", statistic="mean", role="all", head=0).sort("micro")
     assert writes["value"].to_list() == [0.0, 1.0]
     assert frame.filter(quantity="old_value_left")["value"].is_not_null().all()

@@ -22,6 +22,7 @@ from arena.blocks.attention import Attention
 from arena.blocks.base import Block, State
 from arena.blocks.gates import GateValues
 from arena.blocks.matrix import Inputs, MemoryBlock
+from arena.blocks.outer import OutputGate
 from arena.blocks.recurrent import RecurrentBlock
 from arena.dynamics.record import blocks_of
 
@@ -50,9 +51,12 @@ def gates_of(block: Block) -> list[str]:
         return [*names, "output"] if kind.output_gate(block, x, into) is not None else names
     if isinstance(block, RecurrentBlock):
         return ["decay", "write", "output"]
-    if isinstance(block, Attention) and block.gate_out is not None:
-        return ["output"]
-    return []
+    return [] if _gate_of(block) is None else ["output"]
+
+
+def _gate_of(block: Block) -> OutputGate | None:
+    """The output gate of attention, unless it is in an inner loop, which hides the positions of tokens."""
+    return block.gate_out if isinstance(block, Attention) and not block.composed else None
 
 
 @dataclass
@@ -91,8 +95,8 @@ def hooked(model: nn.Module, hook: Hook) -> Iterator[None]:
             elif isinstance(block, RecurrentBlock):
                 wrap(block, "cell", _hook_cell(layer, block, hook, place))
                 wrap(block, "describe", _hook_describe(layer, block, hook, place))
-            elif isinstance(block, Attention) and block.gate_out is not None:
-                wrap(block.gate_out, "forward", _hook_module(layer, hook, place))
+            elif (gate := _gate_of(block)) is not None:
+                wrap(gate, "forward", _hook_module(layer, hook, place))
         yield
     finally:
         for owner, name, before in reversed(wrapped):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 import traceback
@@ -45,6 +47,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     what; 130 ended by Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     debug = common.debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
@@ -62,6 +67,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             traceback.print_exc()
         status = _explain(error, debug)
     sys.exit(status if isinstance(status, int) else OK)
+
+
+_WRONG_PATH = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
+)  # fmt: skip
+"""What a path that was given can be to blame for; a full disk, say, is another matter."""
 
 
 def _explain(error: Exception, debug: bool) -> int:
@@ -82,9 +94,12 @@ def _explain(error: Exception, debug: bool) -> int:
         return INTERRUPTED
     if isinstance(error, OSError) and error.filename is not None:
         complain(f"{error.filename}: {error.strerror}")
-        return FAILED
+        return WRONG if error.errno in _WRONG_PATH else FAILED
     text = " ".join(str(error).split())[:300]
-    complain(f"internal error: {type(error).__name__}: {text}" + ("" if debug else " (--debug shows where)"))
+    complain(
+        f"internal error: {type(error).__name__}: {text}"
+        + ("" if debug else " (run it with --debug to see where)")
+    )
     return FAILED
 
 

@@ -38,8 +38,10 @@ Slurm = Annotated[
 
 
 def complain(line: str) -> None:
-    """One line on standard error."""
-    print(f"arena: {' '.join(line.split())}", file=sys.stderr)
+    """One line on standard error; what a terminal would take for a command is shown, not sent."""
+    text = " ".join(line.split())[:2000]
+    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    print(f"arena: {text}", file=sys.stderr)
 
 
 def wrong(line: str) -> NoReturn:

@@ -90,6 +90,7 @@ def title(name: str) -> str:
 
 
 def meaning(name: str) -> str:
-    """The first paragraph of its docstring."""
-    first = (inspect.getdoc(measurements()[name]) or "").partition("\n\n")[0]
-    return " ".join(first.split())
+    """The first paragraph of its docstring; nothing where the plug-in is not loaded any more."""
+    function = measurements().get(name)
+    told = inspect.getdoc(function) if function is not None else None
+    return " ".join((told or "").partition("\n\n")[0].split())

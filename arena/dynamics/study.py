@@ -257,9 +257,13 @@ def read_study(out: str | Path) -> Tables | None:
     names = ("runs", "eigenvalues", "effects", "decodability", "fields")
     if not all((out / f"{name}.parquet").exists() for name in names):
         return None
-    tables = {name: pl.read_parquet(out / f"{name}.parquet") for name in names}
-    added = {path.stem: pl.read_parquet(path) for path in sorted((out / "added").glob("*.parquet"))}
-    return Tables(measurements=pl.scan_parquet(out / "measurements" / "*.parquet"), added=added, **tables)
+    try:
+        tables = {name: pl.read_parquet(out / f"{name}.parquet") for name in names}
+        added = {path.stem: pl.read_parquet(path) for path in sorted((out / "added").glob("*.parquet"))}
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise StoreError(f"{out} cannot be read ({type(error).__name__}): arena dynamics makes it") from None
+    measured = pl.scan_parquet(out / "measurements" / "*.parquet")
+    return Tables(measurements=measured, added=added, **tables)
 
 
 def _about(frame: pl.DataFrame, about: dict[str, Any]) -> pl.DataFrame:

@@ -81,6 +81,14 @@ def cpu_count() -> int:
         return os.cpu_count() or 1
 
 
+def memory_bytes() -> float:
+    """Memory of this machine; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return float("inf")
+
+
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -7,6 +7,7 @@ every problem is one line: :class:`ExperimentError` carries that line.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -46,6 +47,11 @@ from arena.grid.fields import (
     near,
 )
 from arena.grid.tuning_section import OwnParameter, SpaceSection, TuningSection
+
+LARGEST_FILE = 1_000_000
+"""Bytes of an experiment file."""
+MOST_RUNS = 1_000_000
+"""Of an experiment."""
 
 
 class ModelSection(Strict):
@@ -237,6 +243,10 @@ class Experiment(Strict):
     def _consistent(self) -> Experiment:
         for field in ("archs", "seeds", "lr", "weight_decay"):
             distinct(field, getattr(self, field))
+        factors = (self.tasks, self.archs, self.lr, self.weight_decay, self.seeds)
+        runs = math.prod(len(factor) for factor in factors)
+        if runs > MOST_RUNS:
+            raise ValueError(f"tasks x archs x lr x weight_decay x seeds are {runs} runs, over {MOST_RUNS}")
         for section in ("arms", "overrides"):
             for name in getattr(self, section):
                 if name not in self.archs:
@@ -277,7 +287,7 @@ def load_experiment(source: str | Path) -> Experiment:
     path = Path(source)
     try:
         if path.suffix == ".toml":
-            text, label = path.read_text(encoding="utf-8-sig"), str(source)
+            text, label = _read(path), str(source)
         elif str(source) in shipped():
             text = (resources.files("experiments") / f"{source}.toml").read_text(encoding="utf-8")
             label = f"{source}.toml"
@@ -288,11 +298,21 @@ def load_experiment(source: str | Path) -> Experiment:
         raise ExperimentError(f"cannot read {source}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ExperimentError(f"{source} is not UTF-8 text") from None
+    except ValueError as error:  # such as a name with a null character
+        raise ExperimentError(f"cannot read {str(source)!r}: {error}") from None
     try:
         data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise ExperimentError(f"{label} is not valid TOML: {one_line(error)}") from None
     return parse_experiment(data, label=label)
+
+
+def _read(path: Path) -> str:
+    with open(path, "rb") as file:
+        data = file.read(LARGEST_FILE + 1)
+    if len(data) > LARGEST_FILE:
+        raise ExperimentError(f"{path} is larger than {LARGEST_FILE} bytes: it is no experiment")
+    return data.decode("utf-8-sig")
 
 
 def parse_experiment(data: Mapping[str, Any], *, label: str = "experiment") -> Experiment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
@@ -59,7 +60,7 @@ class Strict(BaseModel):
 
 def distinct(field: str, values: Sequence[Any]) -> None:
     """ValueError where a value occurs twice."""
-    repeated = sorted({str(v) for v in values if values.count(v) > 1})
+    repeated = sorted(str(value) for value, times in Counter(values).items() if times > 1)
     if repeated:
         raise ValueError(f"{field} repeats {', '.join(repeated)}")
 
@@ -67,7 +68,7 @@ def distinct(field: str, values: Sequence[Any]) -> None:
 def near(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'a' or 'b'?"``, or what there is when nothing is near."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(word[:100], known, n=3, cutoff=0.6)  # its time grows with the square
     if close:
         return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
     return f"; known: {', '.join(known)}" if known else ""

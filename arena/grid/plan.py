@@ -378,6 +378,7 @@ def _model(
     """The resolved model, and the backends that it runs on: one token goes through it to see."""
     import torch
 
+    from arena.grid.environment import memory_bytes
     from arena.model import ModelConfig, build_model
     from kernels.backends import recording
 
@@ -392,6 +393,9 @@ def _model(
             decoder=getattr(task, "needs_decoder", False),
             **fields,
         )
+        least = 4 * config.d_model * (config.n_layers * config.d_model + config.vocab_size + config.n_classes)
+        if least > memory_bytes():
+            raise ValueError(f"its weights need over {least / 1e9:.3g} GB, more than this machine has")
         model = build_model(config, seed=0).to(device)
         shape = (1, 2) if config.tokens_per_position == 1 else (1, 2, config.tokens_per_position)
         with recording() as used, torch.no_grad():

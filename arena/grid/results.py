@@ -5,7 +5,6 @@ running.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ import polars as pl
 
 from arena.grid.plan import canonical
 from arena.grid.store import CHECKSUMS, StoreError, read_plan, read_record
+from arena.grid.untrusted import check_size, is_id, link_in, parse_frame, parse_object, read_own
 
 ROW_SCHEMA: dict[str, Any] = {
     "experiment": pl.String,
@@ -147,7 +147,7 @@ def load_curves(directory: str | Path, *, all_requests: bool = False) -> pl.Data
 
 def load_environments(directory: str | Path) -> dict[str, dict[str, Any]]:
     """Run id -> the environment that it was trained in, for the runs of the last request."""
-    read = _read_runs(Path(directory), "environment.json", False, json.loads)
+    read = _read_runs(Path(directory), "environment.json", False, lambda data, _: parse_object(data))
     return dict(read)
 
 
@@ -164,15 +164,22 @@ def load_model(directory: str | Path, run_id: str) -> Any:
     from arena.plugins import PluginError, require
 
     folder = Path(directory) / "runs" / run_id
-    if not folder.is_dir():
+    if not is_id(run_id) or not folder.is_dir():
         raise StoreError(f"{directory} holds no run {run_id!r}")
-    config = json.loads(_read(folder, "config.json"))
+    content, stored = _read(folder, "config.json"), _read(folder, "model.safetensors")
     try:
+        config = parse_object(content)
         require(config["versions"])
+        weights = safetensors.torch.load(stored)
+        wanted = ModelConfig(**config["model"])
+        check_size(wanted, weights)
+        model = build_model(wanted, seed=config["replica"]["seed"])
+        model.load_state_dict(weights)
     except PluginError as error:
         raise StoreError(f"{folder}: {error}") from None
-    model = build_model(ModelConfig(**config["model"]), seed=config["replica"]["seed"])
-    model.load_state_dict(safetensors.torch.load(_read(folder, "model.safetensors")))
+    except Exception as error:  # whatever else: the files are not what a run leaves
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise StoreError(f"{folder} does not hold a model that can be built: {text}") from None
     return model.eval()
 
 
@@ -180,46 +187,57 @@ def _load(directory: Path, name: str, schema: Mapping[str, Any], all_requests: b
     plan = read_plan(directory) if directory.is_dir() else None
     frames = []
     for run_id, frame in _read_runs(
-        directory, name, all_requests, lambda data: pl.read_parquet(io.BytesIO(data))
+        directory, name, all_requests, lambda data, run_id: parse_frame(data, run_id, schema)
     ):
-        missing = [name for name in schema if name not in frame.columns]  # written before they were columns
-        frame = frame.with_columns(pl.lit(None, dtype=schema[name]).alias(name) for name in missing)
         if plan is not None and run_id in plan["runs"]:  # what the run is to the present request
             notes = plan["runs"][run_id]
             frame = frame.with_columns(
                 pl.lit(notes.get(name), dtype=schema[name]).alias(name) for name in _NOTES
             )
         frame = frame.with_columns(pl.col("arm").fill_null(pl.col("arch")), pl.col("stage").fill_null("grid"))
-        frames.append(frame.select(list(schema)))
+        frames.append(frame)
     return pl.concat(frames) if frames else pl.DataFrame(schema=dict(schema))
 
 
 def _read_runs(
-    directory: Path, name: str, all_requests: bool, parse: Callable[[bytes], Any]
+    directory: Path, name: str, all_requests: bool, parse: Callable[[bytes, str], Any]
 ) -> list[tuple[str, Any]]:
     """(run id, parsed file) of every run; one with a damaged file is left out with a warning."""
+    link = link_in(directory)
+    if link is not None:
+        raise StoreError(f"{link} is a link: a result folder holds its own files")
     if not (directory / "runs").is_dir():
         raise StoreError(f"{directory} is not a result folder (it has no runs/); arena grid makes one")
     plan = None if all_requests else read_plan(directory)
     if plan is None:
-        names = sorted(folder.name for folder in (directory / "runs").iterdir() if folder.is_dir())
+        names = sorted(
+            folder.name for folder in (directory / "runs").iterdir() if folder.is_dir() and is_id(folder.name)
+        )
     else:
         names = [run_id for run_id in sorted(plan["runs"]) if (directory / "runs" / run_id).is_dir()]
     found = []
     for run_id in names:
         try:
-            found.append((run_id, parse(_read(directory / "runs" / run_id, name))))
+            found.append((run_id, _parsed(directory / "runs" / run_id, name, parse)))
         except StoreError as error:
             warnings.warn(f"left out: {error}; the next arena grid trains it again", stacklevel=4)
     return found
 
 
+def _parsed(folder: Path, name: str, parse: Callable[[bytes, str], Any]) -> Any:
+    data = _read(folder, name)
+    try:
+        return parse(data, folder.name)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{folder / name} cannot be used: {error}") from None
+
+
 def _read(folder: Path, name: str) -> bytes:
     """The bytes of a run's file, checked."""
     try:
-        expected = json.loads((folder / CHECKSUMS).read_text())[name]
-        data = (folder / name).read_bytes()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = json.loads(read_own(folder / CHECKSUMS))[name]
+        data = read_own(folder / name)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise StoreError(f"{folder / name} cannot be read ({type(error).__name__})") from None
     if hashlib.sha256(data).hexdigest() != expected:
         raise StoreError(f"{folder / name} is damaged (its checksum differs)")
@@ -234,14 +252,18 @@ def _failures(directory: Path, finished: set[str], all_requests: bool) -> list[d
         if run_id in finished or (plan is not None and run_id not in plan["runs"]):
             continue
         record = read_record(path)
-        notes = plan["runs"][run_id] if plan is not None and run_id in plan["runs"] else record
-        rows.append(
-            {
+        try:
+            notes = plan["runs"][run_id] if plan is not None and run_id in plan["runs"] else record
+            row = {
                 **dict.fromkeys(ROW_SCHEMA),
                 "experiment": plan["experiment"] if plan is not None else None,
                 **run_columns(run_id, notes, record["config"]),
                 "status": "failed",
                 "reason": record["reason"],
             }
-        )
+            pl.DataFrame([row], schema=ROW_SCHEMA)
+        except Exception as error:  # not what a grid writes
+            warnings.warn(f"left out: {path} records no failure ({type(error).__name__})", stacklevel=4)
+            continue
+        rows.append(row)
     return rows

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from arena.grid.plan import Fleet, Run
+from arena.grid.untrusted import check_plan, is_id, link_in, open_own, read_own
 
 RUN_FILES = ("config.json", "environment.json", "rows.parquet", "curve.parquet", "model.safetensors")
 CHECKSUMS = "checksums.json"
@@ -75,7 +76,10 @@ class Store:
                 raise StoreError(
                     f"{self.directory} holds other files and is no result folder: choose another --out"
                 )
-            lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            link = link_in(self.directory)
+            if link is not None:
+                raise StoreError(f"{link} is a link: a result folder holds its own files")
+            lock = open_own(self.directory / ".lock", os.O_RDWR)
             for folder in (self.runs, self.staging, self.fleets, self.failures):
                 folder.mkdir(exist_ok=True)
         try:
@@ -157,7 +161,7 @@ class Store:
 
     def recorded_fleets(self) -> list[list[str]]:
         """Ids of the members of every recorded fleet."""
-        return [read_record(path) for path in sorted(self.fleets.glob("*.json"))]
+        return [self._members(path.stem) for path in sorted(self.fleets.glob("*.json"))]
 
     def record_failure(self, runs: Sequence[Run], reason: str, detail: str) -> None:
         """Note why runs have no result; the next request tries them again.
@@ -217,7 +221,7 @@ class Store:
         if not self.shared:
             yield
             return
-        with open(self.directory / ".turn", "w") as file:
+        with open(open_own(self.directory / ".turn", os.O_WRONLY), "w") as file:
             fcntl.flock(
                 file, fcntl.LOCK_EX
             )  # the system drops it when the file is closed or the process dies
@@ -256,7 +260,10 @@ class Store:
 
     def _members(self, fleet_id: str) -> list[str]:
         path = self.fleets / f"{fleet_id}.json"
-        return read_record(path) if path.exists() else []
+        members = read_record(path) if path.exists() else []
+        if not isinstance(members, list) or not all(is_id(run_id) for run_id in members):
+            raise StoreError(f"{path} does not list runs: delete it and run the grid again")
+        return members
 
     def _set_aside(self, folder: Path, problem: str) -> None:
         self.damaged.mkdir(exist_ok=True)
@@ -269,15 +276,17 @@ class Store:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with the folder of a run, or None: every file is there and has its checksum."""
+    if folder.is_symlink():
+        return "the folder is a link"
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, ValueError):
+        sums = json.loads(read_own(folder / CHECKSUMS))
+    except (OSError, ValueError, RecursionError):
         return f"{CHECKSUMS} cannot be read"
     if not isinstance(sums, dict) or set(sums) != set(RUN_FILES):
         return f"{CHECKSUMS} does not list the files of a run"
     for name, expected in sums.items():
         try:
-            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            found = hashlib.sha256(read_own(folder / name)).hexdigest()
         except OSError as error:
             return f"{name}: {error.strerror or error}"
         if found != expected:
@@ -288,21 +297,24 @@ def damage(folder: Path) -> str | None:
 def read_plan(directory: Path) -> dict[str, Any] | None:
     """The last request of a result folder, ``experiment`` and ``runs`` (id -> ``Run.notes``), or None."""
     try:
-        plan = json.loads((directory / "plan.json").read_text())
+        plan = json.loads(read_own(directory / "plan.json"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{directory / 'plan.json'} cannot be read: {error}") from None
-    if not isinstance(plan, dict) or not isinstance(plan.get("runs"), dict) or "experiment" not in plan:
-        raise StoreError(f"{directory / 'plan.json'} is not a plan; delete it and run the grid again")
+    problem = check_plan(plan)
+    if problem is not None:
+        raise StoreError(
+            f"{directory / 'plan.json'} is not a plan ({problem}); delete it and run the grid again"
+        )
     return plan
 
 
 def read_record(path: Path) -> Any:
     """The content of a JSON file of the store; StoreError where it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(read_own(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(
             f"{path} cannot be read ({type(error).__name__}): delete it and run the grid again"
         ) from None
@@ -317,7 +329,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
+    with open(open_own(path, os.O_WRONLY | os.O_TRUNC), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

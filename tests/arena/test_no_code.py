@@ -13,7 +13,9 @@ import torch
 from arena.grid.results import load_curves, load_environments, load_model, load_results
 
 ROOT = Path(__file__).parents[2]
-FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "runpy", "code"}
+FORBIDDEN_MODULES = {
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "runpy", "code",
+}  # fmt: skip
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 IMPORTERS = {
     "arena/__init__.py",  # its own names
@@ -71,7 +73,9 @@ def test_no_source_can_load_a_pickle_or_run_text():
     assert not wrong
 
 
-@pytest.mark.parametrize("text", ["import pickle", "from cloudpickle import loads", "torch.load(x)", "eval('1')"])
+@pytest.mark.parametrize(
+    "text", ["import pickle", "from cloudpickle import loads", "torch.load(x)", "eval('1')"]
+)
 def test_the_look_at_sources_would_see_it(text, tmp_path, monkeypatch):
     (tmp_path / "arena").mkdir()
     (tmp_path / "arena" / "bad.py").write_text(text)
@@ -94,7 +98,9 @@ def test_reading_results_never_touches_a_pickle(here, tmp_path, monkeypatch):
     monkeypatch.setattr(pickle, "Unpickler", Refuse)
     monkeypatch.setattr(torch, "load", refuse)
     (run_id,) = load_results("out")["run_id"].unique()
-    load_curves("out"), load_environments("out"), load_model("out", run_id)
+    load_curves("out")
+    load_environments("out")
+    load_model("out", run_id)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for words in (["report", "out"], ["dynamics", "out", "--intervene", "none"]):

@@ -39,7 +39,7 @@ class ClaimSection(Strict):
     exploratory: bool = False
     """Ours: nobody has claimed it."""
     rules: Annotated[list[Rule], Field(min_length=1)]
-    """All lines must hold, those apart that are marked ``ours``."""
+    """All lines must hold, those apart that are marked ``ours``, and controls."""
     full: dict[str, Any] = Field(default_factory=dict)
     """What differs from the file at full size."""
 
@@ -115,7 +115,7 @@ def parse_claim(name: str, data: Mapping[str, Any]) -> Claim:
     experiments = {size: parse_experiment(sizes[size], label=f"{label} ({size})") for size in SIZES}
     claim = Claim(name=name, section=section, experiments=experiments)
     for size, experiment in experiments.items():
-        _check(claim, experiment, f"{label} ({size})")
+        _check(claim, size, experiment, f"{label} ({size})")
     return claim
 
 
@@ -128,7 +128,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _check(claim: Claim, experiment: Experiment, label: str) -> None:
+def _check(claim: Claim, size: str, experiment: Experiment, label: str) -> None:
     """ExperimentError where a rule speaks of what the experiment does not measure, or cannot decide."""
     tuning = experiment.tuning
     if tuning is None:
@@ -146,8 +146,9 @@ def _check(claim: Claim, experiment: Experiment, label: str) -> None:
         if len(found) != 1:
             what = f"{rule.task or 'a task'} {rule.params or ''}".strip()
             raise ExperimentError(f"{label}: a rule is about {what}, of which there are {len(found)}")
-        if rule.length is not None and rule.length not in found[0].eval_lengths:
-            raise ExperimentError(f"{label}: a rule is about length {rule.length}, which is not reported")
+        length = rule.length_at(size)
+        if length is not None and length not in found[0].eval_lengths:
+            raise ExperimentError(f"{label}: a rule is about length {length}, which is not reported")
         if isinstance(rule, Narrower) and not {*line.subject} <= {*tuning.panel}:
             raise ExperimentError(f"{label}: {line.key} compares windows of arms that panel does not have")
         if isinstance(rule.published, dict):
@@ -166,6 +167,7 @@ def _check(claim: Claim, experiment: Experiment, label: str) -> None:
 
 
 def families(claim: Claim) -> list[list[Line]]:
-    """The lines that are corrected together: those of the claim, and those that are ours beside it."""
-    groups = [[line for line in claim.lines if line.rule.ours is ours] for ours in (False, True)]
+    """The lines that are corrected together: controls, those of the claim, those that are ours beside it."""
+    names = ("control", "claim", "ours")
+    groups = [[line for line in claim.lines if line.family == name] for name in names]
     return [group for group in groups if group]

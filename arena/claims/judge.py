@@ -12,8 +12,11 @@ Every line is tested in both directions, so that a verdict rests on evidence and
   difference is beyond it.
 - ``narrower``: as ``above``, on the width in decades of each seed's window of good learning rates.
 
-p-values are Holm-corrected over the lines of the claim (those marked ``ours`` are a family of their own), the
-confirming and the refuting ones apart. The claim is confirmed where all its lines are, not confirmed where
+Where a control, a ``solves`` line of an arm that is known to be able to, is not confirmed, training was too
+short: every other line on its task is undecided.
+
+p-values are Holm-corrected over the lines of the claim (controls, and those marked ``ours``, are families of
+their own), the confirming and the refuting ones apart. The claim is confirmed where all its lines are, not confirmed where
 one of them is not, and else undecided. An undecided line says how many seeds it would need if runs went on as
 they did.
 """
@@ -90,7 +93,8 @@ class Judged:
     @property
     def verdict(self) -> str:
         """Of the whole claim."""
-        counted = [finding for finding in self.findings if not finding.line.rule.ours] or self.findings
+        counted = [finding for finding in self.findings if finding.line.family == "claim"]
+        counted = counted or [finding for finding in self.findings if finding.line.family == "ours"]
         verdicts = [finding.verdict for finding in counted]
         if all(verdict == CONFIRMED for verdict in verdicts):
             return CONFIRMED
@@ -109,17 +113,30 @@ def judge(claim: Claim, size: str, table: pl.DataFrame) -> Judged:
     """
     experiment = claim.experiments[size]
     declared = _declared(experiment)
-    found: dict[int, Finding] = {}
+    found: dict[tuple[int, tuple[str, ...]], Finding] = {}
+    idle: dict[str, str] = {}
+    """Task -> the control that does not solve it."""
     for family in families(claim):
-        measured = [_measure(line, experiment, table) for line in family]
+        measured = [_measure(line, size, experiment, table) for line in family]
+        for index, finding in enumerate(measured):
+            control = idle.get(_task_of(finding))
+            if control is not None and finding.line.family != "control":
+                why = f"the control {control} does not solve the task at this size"
+                measured[index] = replace(finding, open=why)
         yes = holm([finding.p_yes for finding in measured])
         no = holm([finding.p_no for finding in measured])
         for finding, p_yes, p_no in zip(measured, yes, no, strict=True):
             wanted = declared[finding.line.rule.kind == "narrower"]
             decided = _decide(finding, float(p_yes), float(p_no), len(family), wanted)
-            found[id(finding.line.rule), finding.line.subject] = decided  # type: ignore[index]
-    findings = [found[id(line.rule), line.subject] for line in claim.lines]  # type: ignore[index]
+            found[id(finding.line.rule), finding.line.subject] = decided
+            if finding.line.family == "control" and decided.verdict != CONFIRMED:
+                idle[_task_of(finding)] = finding.line.subject[0]
+    findings = [found[id(line.rule), line.subject] for line in claim.lines]
     return Judged(claim=claim, size=size, findings=findings)
+
+
+def _task_of(finding: Finding) -> str:
+    return finding.place.partition(", length")[0]
 
 
 def _declared(experiment: Experiment) -> tuple[int, int]:
@@ -171,14 +188,14 @@ def _more_than_half(successes: int, n: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def _measure(line: Line, experiment: Experiment, table: pl.DataFrame) -> Finding:
+def _measure(line: Line, size: str, experiment: Experiment, table: pl.DataFrame) -> Finding:
     rule = line.rule
     (task,) = (
         entry
         for entry in experiment.tasks
         if rule.task in (None, entry.name) and rule.params.items() <= entry.params.items()
     )
-    length = rule.length or max(task.eval_lengths)
+    length = rule.length_at(size) or max(task.eval_lengths)
     params = ", ".join(f"{name} {value}" for name, value in rule.params.items())
     place = task.name + (f" ({params})" if params else "")
     mine = [

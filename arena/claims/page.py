@@ -20,17 +20,21 @@ run. Every architecture is tuned on the same points; its winner is trained on fr
 score is the chance-scaled accuracy, (accuracy - chance) / (1 - chance), on split test. Every statement is
 tested in both directions, with Holm's correction over the statements of a claim: *confirmed* and *not
 confirmed* are both findings, and *undecided* says what is lacking. A claim is confirmed where every statement
-of it is; statements marked *ours* are beside the claim and do not count. The small size (`cpu`) is not the
+of it is; statements marked *ours* are beside the claim and do not count; where a *control* does not learn
+the task, nothing is decided on it. The small size (`cpu`) is not the
 published regime: what it does not confirm may hold there.
 
 This page is made by `python tools/claims.py` from the records in `experiments/claims/results/`."""
+
+
+_ASIDE = {"claim": "", "ours": " (ours)", "control": " (control)"}
 
 
 def rows_of(judged: Judged) -> list[tuple[str, str, str, str]]:
     """A claim's lines in :data:`COLUMNS`."""
     return [
         (
-            finding.line.statement(finding.place) + (" (ours)" if finding.line.rule.ours else ""),
+            finding.line.statement(finding.place) + _ASIDE[finding.line.family],
             finding.line.published or "-",
             finding.ours,
             finding.text,
@@ -120,7 +124,7 @@ def _place(claim: Claim, line: Any) -> str:
     place = rule.task or claim.experiments["cpu"].tasks[0].name
     if rule.params:
         place += " (" + ", ".join(f"{name} {value}" for name, value in rule.params.items()) + ")"
-    return place + (f", length {rule.length}" if rule.length else "")
+    return place + (f", length {rule.length_at('cpu')}" if rule.length else "")
 
 
 def _size(claim: Claim, size: str, record: Record) -> str:

@@ -25,8 +25,8 @@ class _Rule(Strict):
     """The task; absent: the only one of the experiment."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Those of its parameters that tell it from another task of the same name."""
-    length: Length | None = None
-    """Test length; absent: the longest that is reported."""
+    length: Length | dict[Literal["cpu", "full"], Length] | None = None
+    """Test length, for each size where they differ; absent: the longest that is reported."""
     published: str | dict[str, str] = ""
     """The published number with its tag; for each arm, or ``"x > y"`` for each pair, where they differ."""
     ours: bool = False
@@ -35,6 +35,10 @@ class _Rule(Strict):
     def subjects(self) -> list[tuple[str, ...]]:
         """The arms, or pairs of arms, one for each line."""
         raise NotImplementedError
+
+    def length_at(self, size: str) -> int | None:
+        """The test length at a size; None: the longest."""
+        return self.length.get(size) if isinstance(self.length, dict) else self.length  # type: ignore[call-overload]
 
 
 class _OfArms(_Rule):
@@ -56,6 +60,8 @@ class Solves(_OfArms):
 
     kind: Literal["solves"]
     at_least: Score = 0.95
+    control: bool = False
+    """A positive control: where it is not confirmed, training was too short to say anything on this task."""
 
 
 class Fails(_OfArms):
@@ -109,6 +115,13 @@ class Line:
     def key(self) -> str:
         """What ``published`` files the line under."""
         return " > ".join(self.subject)
+
+    @property
+    def family(self) -> str:
+        """Lines of one family are corrected together: ``claim``, ``ours`` or ``control``."""
+        if getattr(self.rule, "control", False):
+            return "control"
+        return "ours" if self.rule.ours else "claim"
 
     def statement(self, place: str) -> str:
         """The line in words.

@@ -16,9 +16,9 @@ Where a control, a ``solves`` line of an arm that is known to be able to, is not
 short: every other line on its task is undecided.
 
 p-values are Holm-corrected over the lines of the claim (controls, and those marked ``ours``, are families of
-their own), the confirming and the refuting ones apart. The claim is confirmed where all its lines are, not confirmed where
-one of them is not, and else undecided. An undecided line says how many seeds it would need if runs went on as
-they did.
+their own), the confirming and the refuting ones apart. The claim is confirmed where all its lines are, not
+confirmed where one of them is not, and else undecided. An undecided line says how many seeds it would need if
+runs went on as they did.
 """
 
 from __future__ import annotations

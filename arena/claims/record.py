@@ -19,10 +19,10 @@ import polars as pl
 from arena.claims.file import Claim
 from arena.claims.scores import score_table
 from arena.grid.environment import ROOT
+from arena.grid.experiment import parse_experiment
 from arena.grid.fields import ExperimentError
 from arena.grid.results import load_environments, load_results
 from arena.grid.store import write_whole
-from arena.grid.toml import to_toml
 from arena.tuning.prepare import write_parquet
 
 FOLDER = ROOT / "experiments" / "claims" / "results"
@@ -55,7 +55,7 @@ def make_record(claim: Claim, size: str, directory: str | Path, command: str) ->
     """
     directory = Path(directory)
     rows = load_results(directory)
-    if made_with(directory) != planned(claim, size):
+    if made_with(directory) != claim.experiments[size].model_dump():
         raise ExperimentError(f"{directory} was made with other settings than claims/{claim.name}.toml has")
     table = score_table(rows)
     missing = _missing(claim, size, table)
@@ -80,16 +80,12 @@ def make_record(claim: Claim, size: str, directory: str | Path, command: str) ->
 
 
 def made_with(directory: Path) -> dict[str, Any]:
-    """The experiment that a result folder holds."""
+    """The experiment that a result folder holds, with every field; empty where it holds none."""
     try:
-        return tomllib.loads((directory / "experiment.toml").read_text(encoding="utf-8"))
+        data = tomllib.loads((directory / "experiment.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def planned(claim: Claim, size: str) -> dict[str, Any]:
-    """The experiment of a claim as a result folder writes it."""
-    return tomllib.loads(to_toml(claim.experiments[size].model_dump(exclude_none=True)))
+    return parse_experiment(data, label=str(directory / "experiment.toml")).model_dump()
 
 
 def _missing(claim: Claim, size: str, table: pl.DataFrame) -> str:

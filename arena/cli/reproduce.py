@@ -9,12 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from arena.cli.common import FAILED, OK, check_machine, console, wrong
+from arena.cli.common import (
+    FAILED,
+    OK,
+    Address,
+    Cpus,
+    ExecutorName,
+    Gpus,
+    Slurm,
+    Workers,
+    check_machine,
+    chosen_executor,
+    console,
+    wrong,
+)
 from arena.cli.train import run_tuning
 
 if TYPE_CHECKING:
     from arena.claims import Claim
     from arena.claims.judge import Judged
+    from arena.grid.executors import Executor
 
 CONSTRUCTIONS = "constructions"
 
@@ -33,11 +47,16 @@ def reproduce(
         bool, typer.Option("--record", help="Keep what was obtained in experiments/claims/results.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core, or one a GPU.")] = None,
+    workers: Workers = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    slurm: Slurm = None,
 ) -> int:
     """Re-test published claims: tune all architectures alike, test the winners, judge by the file's rule.
 
-    Run it again to go on, or to judge again: only what is missing is trained.
+    Run it again to go on, or to judge again: only what is missing is trained. Several may run at once.
     """
     from arena.claims import SIZES, claim_names, load_claim
 
@@ -48,32 +67,40 @@ def reproduce(
     if size not in SIZES:
         wrong(f"--size is {' or '.join(SIZES)}, not {size!r}")
     check_machine(device, workers, out)
-    folder = Path(out)
     names = claim_names() if every else [] if claim == CONSTRUCTIONS else [str(claim)]
     claims = [load_claim(name) for name in names]
-    options = f" --size {size}" * (size != "cpu") + f" --device {device}" * (device != "cpu")
     if every or claim == CONSTRUCTIONS:
         status = _constructions(record)
         if status != OK or claim == CONSTRUCTIONS:
             return status
-    if every:
-        _say_cost(claims, size, folder, device, workers)
-    from arena.grid import make_executor
-
-    status = OK
+    engines = []
     for found in claims:
-        directory = folder / f"{found.name}-{size}"
-        print(f"\n{found.section.number}. {found.section.sentence}")
-        engine = make_executor("local", directory=directory, device=device, workers=workers)
-        status = max(
-            status,
-            run_tuning(found.experiments[size], directory, device=device, executor=engine, storage=None),
+        directory = Path(out) / f"{found.name}-{size}"
+        engine = chosen_executor(
+            executor,
+            directory,
+            device=device,
+            workers=workers,
+            address=address,
+            cpus=cpus,
+            gpus=gpus,
+            slurm=slurm,
+            shared=True,
         )
-        if status not in (OK, FAILED):
-            return status
+        engines.append((found, directory, engine))
+    if every:
+        _say_cost(engines, size, device)
+    command = f" --size {size}" * (size != "cpu") + f" --device {device}" * (device != "cpu")
+    status = OK
+    for found, directory, engine in engines:
+        print(f"\n{found.section.number}. {found.section.sentence}")
+        done = run_tuning(found.experiments[size], directory, device=device, executor=engine, storage=None)
+        if done not in (OK, FAILED):
+            return done
+        status = max(status, done)
         _judge(found, size, directory)
         if record:
-            _keep(found, size, directory, f"arena reproduce {found.name}{options}")
+            _keep(found, size, directory, f"arena reproduce {found.name}{command}")
     return status
 
 
@@ -91,24 +118,18 @@ def _list() -> int:
     return OK
 
 
-def _say_cost(claims: list[Claim], size: str, folder: Path, device: str, workers: int | None) -> None:
+def _say_cost(engines: list[tuple[Claim, Path, Executor]], size: str, device: str) -> None:
     """What all of it will cost, before any of it starts."""
-    from arena.grid import make_executor
     from arena.tuning.cost import hours
     from arena.tuning.prepare import planned_seconds
 
     total, count = 0.0, 1
-    for claim in claims:
-        directory = folder / f"{claim.name}-{size}"
-        seconds, count = planned_seconds(
-            claim.experiments[size],
-            directory / "tuning",
-            device=device,
-            executor=make_executor("local", directory=directory, device=device, workers=workers),
-        )
+    for claim, directory, engine in engines:
+        experiment = claim.experiments[size]
+        seconds, count = planned_seconds(experiment, directory / "tuning", device=device, executor=engine)
         total += seconds
         print(f"planned: {claim.section.number}. {claim.name}: {hours(seconds)} of computing")
-    print(f"planned: all {len(claims)} claims: {hours(total)}, {hours(total / count)} on {count} workers")
+    print(f"planned: all {len(engines)} claims: {hours(total)}, {hours(total / count)} on {count} workers")
 
 
 def _judge(claim: Claim, size: str, directory: Path) -> Judged:

@@ -106,6 +106,12 @@ def accuracy_sections(
     return sections + surfaces, frames, notes
 
 
+def _params(cost: dict[str, Any]) -> str:
+    active = cost["active_params"]
+    tail = f" ({active:,} active)" if active not in (None, cost["params"]) else ""
+    return f"{cost['params']:,}{tail}"
+
+
 _RUNS = (
     "A panel an architecture and task: each line is one run, in grey the means of the other architectures. "
     "Mean accuracy hides runs that either solve a task or do not."
@@ -140,7 +146,7 @@ def _task_section(table: pl.DataFrame, budget: pl.DataFrame, key: tuple[str, str
             [
                 arm,
                 *texts,
-                f"{cost['params']:,}",
+                _params(cost),
                 f"{cost['state_bytes']:,}",
                 f"{cost['train_tokens']:,}",
                 cost["unmatched"] or "",

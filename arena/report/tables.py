@@ -185,14 +185,16 @@ def overall_table(rows: pl.DataFrame) -> pl.DataFrame:
 def budget_table(rows: pl.DataFrame) -> pl.DataFrame:
     """What each architecture was given on each task, and where that is not the same for all.
 
-    Columns: task, task_params, arm, ``params``, ``state_bytes`` (of one sequence at the longest reported
-    length), ``train_tokens`` (the most of any run), ``wall_s`` (mean of a run's share of its fleet's time)
-    and ``unmatched``: the names of what differs from the median architecture by more than 2 % (states: at
-    all).
+    Columns: task, task_params, arm, ``params``, ``active_params`` (without the experts that a token does not
+    go through; null in folders from before there were any), ``state_bytes`` (of one sequence at the longest
+    reported length), ``train_tokens`` (the most of any run), ``wall_s`` (mean of a run's share of its fleet's
+    time) and ``unmatched``: the names of what differs from the median architecture by more than 2 % (states:
+    at all).
     """
     done = rows.filter(pl.col("reported"), pl.col("status") != "failed")
     table = done.group_by("task", "task_params", "arm", maintain_order=True).agg(
         params=pl.col("params").max(),
+        active_params=pl.col("active_params").max(),
         state_bytes=pl.col("state_bytes").max(),
         train_tokens=pl.col("train_tokens").max(),
         wall_s=pl.col("wall_s").mean(),

@@ -23,6 +23,7 @@ from arena.report.routing import routing_table
 from arena.training import Replica, TrainConfig, train_fleet
 from arena.tuning.flops import flops_per_token
 from arena.tuning.ledger import ledger_lines, ledger_table
+from arena.tuning.space import own_override
 from kernels.backends import recording
 from kernels.experts import experts
 
@@ -274,6 +275,11 @@ def test_flops_are_matched_by_the_width_of_an_expert(tmp_path):
     assert sum(" active)" in line for line in ledger_lines(table)) == len(mixed)
 
 
+def test_what_an_architecture_may_tune_of_its_own():
+    own = own_override({"experts": 4, "load_balance": 0.1, "window": 3})
+    assert own == {"experts": 4, "load_balance": 0.1, "options": {"window": 3}}
+
+
 def test_a_stack_without_mlps_is_refused():
     with pytest.raises(ValueError, match="has no MLP"):
         build_model(config("mamba2", outer="official"), seed=0)
@@ -322,5 +328,7 @@ eval_examples = 16
     assert 0 <= table["least"][0] <= 1 <= table["most"][0] <= 2, "at most every token: 1/k of the choices"
     make_report(out)
     report = (out / "report" / "report.md").read_text()
+    active = wide["active_params"][0]
+    assert f"({active:,} active)" in report
     assert "## Experts" in report and "| moe | parity | 4 |" in report
     assert (out / "report" / "routing.csv").is_file()

@@ -122,6 +122,8 @@ def test_what_is_done_with_the_winner_is_not(tuning):
         ({"own": {"gdn": {"windw": {"choices": [1, 2]}}}}, "no parameter 'windw'"),
         ({"own": {"swa": {"window": {"choices": [2, -4]}}}}, "window must be at least 1"),
         ({"own": {"swa": {"n_heads": {"low": 1, "high": 2}}}, "match": "params"}, "which match"),
+        ({"own": {"swa": {"experts": {"choices": [2, 4]}}}, "match": "params"}, "which match"),
+        ({"own": {"swa": {"experts_per_token": {"choices": [1, 2]}}}}, "must be within 1..experts"),
         ({"own": {"swa": {n: {"choices": [1, 2]} for n in "abc"}}}, "has 3 parameters; at most 2"),
         ({"own": {"sva": {"window": {"choices": [2, 4]}}}}, "did you mean 'swa'"),
         ({"own": {"swa": {"window": {"choises": [2, 4]}}}}, "did you mean 'choices'"),

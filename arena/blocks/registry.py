@@ -104,8 +104,8 @@ def name_error(name: str, *, what: str, known: Sequence[str]) -> str | None:
     stem = re.split(r"[\[\]-]", name, maxsplit=1)[0]
     mine = sorted(family for family in _FAMILIES if family.startswith(f"{stem}[n]"))
     if mine:  # deltaproduct, deltaproduct-neg, deltaproduct-neg[2], deltaproduct[two]
-        family = mine[-1] if "-neg" in name else mine[0]
-        return f"{what}: write {family} with its number, such as {family.replace('[n]', '[2]')}"
+        example = (mine[-1] if "-neg" in name else mine[0]).replace("[n]", "[2]")
+        return f"{what}: write {' or '.join(mine)} with its number, such as {example}"
     return f"unknown {what}{near(name, known)}"
 
 

@@ -206,17 +206,16 @@ def test_state_and_parameters_count():
 
 
 NAMES = {
-    "deltaproduct": "write deltaproduct[n] with its number, such as deltaproduct[2]",
-    "deltaproduct-neg": "write deltaproduct[n]-neg with its number, such as deltaproduct[2]-neg",
-    "gdnproduct-neg[2]": "write gdnproduct[n]-neg with its number, such as gdnproduct[2]-neg",
+    "deltaproduct": "write deltaproduct[n] or deltaproduct[n]-neg with its number, such as deltaproduct[2]",
+    "deltaproduct-neg": "or deltaproduct[n]-neg with its number, such as deltaproduct[2]-neg",
+    "gdnproduct-neg[2]": "or gdnproduct[n]-neg with its number, such as gdnproduct[2]-neg",
     "deltaproduct[0]": "n of deltaproduct[n] is in 1..64",
     "deltaproduct[65]-neg": "n of deltaproduct[n]-neg is in 1..64",
-    "deltaproduct[02]": "write deltaproduct[n] with its number",
-    "deltaproduct[two]": "write deltaproduct[n] with its number",
-    "deltaproduct[2": "write deltaproduct[n] with its number",
-    "deltaproduct[2:1]": "write deltaproduct[n] with its number",
-    "deltaproduct[-1]": "write deltaproduct[n] with its number",
-    "deltaproduct[2]-pos": "write deltaproduct[n] with its number",
+    "deltaproduct[02]": "write deltaproduct[n] or deltaproduct[n]-neg with its number",
+    "deltaproduct[two]": "write deltaproduct[n] or deltaproduct[n]-neg with its number",
+    "deltaproduct[2": "write deltaproduct[n] or deltaproduct[n]-neg with its number",
+    "deltaproduct[-1]": "write deltaproduct[n] or deltaproduct[n]-neg with its number",
+    "deltaproduct[2]-pos": "write deltaproduct[n] or deltaproduct[n]-neg with its number",
     "deltapoduct[2]": "did you mean deltaproduct[2]",
     "deltanet[2]": "did you mean deltanet",
 }

@@ -67,7 +67,11 @@ def test_parse_arch(arch, n_layers, names):
         ("gdn2+swa[3:0]", 4, "at least 1; write 'gdn2' alone"),
         ("gdn2+swa[0:1]", 4, "at least 1; write 'swa' alone"),
         ("gdn2+sw[3:1]", 4, "unknown block 'sw' in architecture"),
-        ("gdn2+deltaproduct[3:1]", 4, "write deltaproduct\\[n\\] with its number, such as"),
+        (
+            "gdn2+deltaproduct[3:1]",
+            4,
+            "write deltaproduct\\[n\\] or deltaproduct\\[n\\]-neg with its number, such as",
+        ),
         ("gdn2+swa[2]", 4, "unknown block 'swa\\[2\\]'"),
         ("gdn2[3:1]", 4, "a ratio is of two blocks, such as gdn2\\+swa\\[3:1\\]"),
         ("[3:1]", 4, "a ratio is of two blocks"),

@@ -27,6 +27,7 @@ from arena.tuning.match import (
 )
 
 ARCHS = ["attention", "swa", "gla", "mamba2", "mamba3", "gdn", "kda", "gdn2", "mlstm", "slstm", "lstm"]
+ARCHS += ["deltaproduct[2]", "gdnproduct[3]-neg", "rwkv7"]
 
 
 def planned(match, outer="common", archs=ARCHS, reference=None, d_model=32):
@@ -51,7 +52,11 @@ def solved_settings(experiment, settings, path, quantity=None):
 @pytest.mark.parametrize(("outer", "d_model"), [("common", 32), ("official", 128)])
 def test_parameters_and_flops_agree_within_two_per_cent(match, outer, d_model, tmp_path):
     """Official mLSTM and Mamba-2 have no MLP: there the width moves, finely enough from some size on."""
-    archs = ARCHS if outer == "common" else ["gdn2", "lstm", "mamba2", "mamba3", "mlstm"]
+    archs = (
+        ARCHS
+        if outer == "common"
+        else ["gdn2", "lstm", "mamba2", "mamba3", "mlstm", "deltaproduct[2]", "rwkv7"]
+    )
     experiment, settings = planned(match, outer, archs, d_model=d_model)
     found = solved_settings(experiment, settings, tmp_path)
     table = ledger_table(found, experiment.tuning, dict.fromkeys(range(len(found)), 1e-3))

@@ -99,10 +99,11 @@ class OfficialMamba3(Mamba3Memory):
 
     No convolution (the ``conv`` option puts one with bias and SiLU on x, B and C); B and C shared by all
     heads, RMSNorm over d_state, then biases of each head that start at 1; read scale 1; D x added to what a
-    head reads; times SiLU(z); expansion 2. MIMO has R B's and C's a token and learned vectors on x, z and y
-    for each rank; D x is added and the gate applied for each read, then they are summed. Sizes as in the
-    official Mamba-2 of this package: ``headdim`` = ``d_state`` = d_model / (2 n_heads), 4 n_heads heads
-    (arXiv 2605.22791, appendix E.1; the paper's d_state is 128).
+    head reads; times SiLU(z); expansion 2. Neighbouring channels turn together (the paper's MIMO kernel pairs
+    i with i + d_state / 2: the same but for the order of the channels). MIMO has R B's and C's a token and
+    learned vectors on x, z and y for each rank; D x is added and the gate applied for each read, then they
+    are summed. Sizes as in the official Mamba-2 of this package: ``headdim`` = ``d_state`` = d_model / (2
+    n_heads), 4 n_heads heads (arXiv 2605.22791, appendix E.1; the paper's d_state is 128).
     """
 
     map_out = "out"

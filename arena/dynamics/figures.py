@@ -43,7 +43,11 @@ def draw_figures(tables: Tables, labels: dict[tuple[str, str], str], folder: Pat
     measured = tables.measurements.join(longest.lazy(), on=["task", "task_params", "length"], how="semi")
     small = Tables(tables.runs, measured, *tables[2:])
     families: dict[str, list[tuple[str, panels.Panel]]] = {
-        "gates": [(gate, panels.gate_panel(small, gate)) for gate in ("decay", "erase", "write")],
+        "gates": [
+            (gate, panels.gate_panel(small, gate))
+            for gate in ("decay", "erase", "write", "angle")
+            if gate != "angle" or _is_measured(measured, gate)  # few memories turn
+        ],
         "eigenvalues": [("least eigenvalue of a head's transition", panels.eigenvalue_panel(small, longest))],
         "retention": [
             ("half-life of a head by its decay, tokens", panels.half_life_panel(small)),
@@ -73,6 +77,11 @@ def draw_figures(tables: Tables, labels: dict[tuple[str, str], str], folder: Pat
         if _draw(columns, tables.runs, labels, path, _legends(tables.runs["arm"]).get(name, [])):
             drawn[name] = path
     return drawn
+
+
+def _is_measured(measurements: pl.LazyFrame, quantity: str) -> bool:
+    rows = measurements.filter(pl.col("quantity") == quantity, pl.col("value").is_not_null())
+    return not rows.limit(1).collect().is_empty()
 
 
 def _draw(

@@ -87,7 +87,7 @@ def gate_panel(tables: Tables, gate: str) -> Panel:
         wide = frame.pivot(on="statistic", index=place, values="value")
         if wide.is_empty() or (wide["min"] == wide["max"]).all():
             return False
-        high = 1.05
+        high, least = 1.05, 0.0
         for row, arm in enumerate(arms):
             heads = wide.filter(pl.col("arm") == arm, pl.col("min") < pl.col("max"))
             heads = heads.sort("layer", "head", "micro")
@@ -95,10 +95,10 @@ def gate_panel(tables: Tables, gate: str) -> Panel:
                 _spread(len(heads)), heads.select("q25", "q50", "q75").iter_rows(), strict=True
             ):
                 axis.plot([low, top], [row + offset] * 2, color=pens[arm].colour, linewidth=1.2, alpha=0.6)
-                high = max(high, top * 1.05, middle * 1.05)
+                high, least = max(high, top * 1.05, middle * 1.05), min(least, low)
             _dots(axis, row, pens[arm], heads["q50"].to_list())
         _rows(axis, arms)
-        if high > 2.2:
+        if high > 2.2 or least < -1:
             axis.set_xscale("symlog", linthresh=1)
         else:
             axis.set_xlim(-1.05 if (wide["min"] < -0.01).any() else -0.04, high)

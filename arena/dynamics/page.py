@@ -49,14 +49,15 @@ _SECTIONS: list[tuple[str, str, Callable[[Sequence[findings.Task]], Iterator[str
         "eigenvalues",
         sentences.eigenvalue_sentences,
         "Least real part of an eigenvalue of (I - k e^T) D: -1 reflects the memory along the key, 0 "
-        "replaces what "
-        "it held, 1 keeps it. One mark a head and run, mean over tokens.",
+        "replaces what it held, 1 keeps it; of several updates a token, of their product, where a turn by an "
+        "angle has its cosine. One mark a head and run, mean over tokens.",
     ),
     (
         "Gates",
         "gates",
         sentences.gate_sentences,
-        f"Over all tokens of {SEQUENCES} sequences; a gate that an architecture does not have has no mark.",
+        f"Over all tokens of {SEQUENCES} sequences; a gate that an architecture does not have has no mark, "
+        "and where a token updates the memory several times, each time has its own.",
     ),
     (
         "Retention",

@@ -286,4 +286,8 @@ def cannot_be_said(tasks: Sequence[Task]) -> Iterator[str]:
         f"A probe is linear and sees {DIMENSIONS} dimensions: what it does not read may be there in another "
         "form."
     )
-    yield "An eigenvalue is that of one token's transition: whether a head counts, the intervention tells."
+    yield (
+        "An eigenvalue is that of one token's transition: whether a head counts, the intervention tells. A "
+        "memory that turns instead of flipping (deltaproduct, mamba3) is not among the heads that flip: see "
+        "eigenvalue_max_imaginary in the measurements."
+    )

@@ -101,6 +101,43 @@ def test_is_the_recurrence_of_the_paper_with_all_gradients(family, n, neg, outer
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("family", ["deltaproduct", "gdnproduct"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_two_tokens_only_and_gates_at_their_ends(family, n):
+    """What state tracking feeds it, and what is worst for a chunk's triangular system: two keys, beta 2."""
+    block = make(f"{family}[{n}]-neg", seed=n)
+    with torch.no_grad():
+        block.gate.erase.weight.mul_(400.0)
+    x = tokens(2, seed=5)[:, torch.randint(0, 2, (30,), generator=torch.Generator().manual_seed(n))]
+    x = x.requires_grad_()
+    beta = block.trace(x)["erase"]
+    assert float(((beta < 0.01) | (beta > 1.99)).double().mean()) > 0.8
+    expected = loop(block, x, n, factor=2, gated=family == "gdnproduct", official=False)
+    y, _ = block(x)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    leaves = [x, *block.parameters()]
+    ours, theirs = (torch.autograd.grad(z.square().sum(), leaves) for z in (y, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("conv", ["none", "static", "dynamic-lowrank", "dynamic-headwise", "gate"])
+def test_every_convolution_and_bfloat16(conv):
+    block = make("gdnproduct[3]-neg", conv=conv)
+    x = tokens(9)
+    y, state = block(x)
+    steps, now = [], block.initial_state(B)
+    assert {key: value.shape for key, value in now.items()} == {k: v.shape for k, v in state.items()}
+    for t in range(9):
+        y_t, now = block.step(x[:, t], now)
+        steps.append(y_t)
+    torch.testing.assert_close(torch.stack(steps, 1), y, rtol=1e-9, atol=1e-9)
+    narrow, state = block.bfloat16()(x.bfloat16())
+    assert narrow.dtype == torch.bfloat16 and state["memory"].dtype == torch.float32
+    off = (narrow.double() - y).norm(dim=-1) / y.norm(dim=-1)
+    assert float(off.median().detach()) < 0.03  # a key that is nearly 0 before its norm has no digits left
+
+
 @pytest.mark.parametrize("neg", ["", "-neg"])
 @pytest.mark.parametrize("outer", ["common", "official"])
 @pytest.mark.parametrize(("product", "base"), [("deltaproduct[1]", "deltanet"), ("gdnproduct[1]", "gdn")])

@@ -130,7 +130,8 @@ class Mamba3Memory(MemoryBlock):
         v_all = torch.cat([state["value"][:, None].to(v.dtype), v], 1)
         now = present * step
         now_all = F.pad(now, (0, 0, 1, 0))  # 0: that part of the last call's token is in the memory
-        weight = log_decay.exp() * (now_all[:, :T] + (1 - present) * step)
+        weight = decay_of(gates) * (now_all[:, :T] + (1 - present) * step)
+        sign = gates.decay_sign
         k_before, x_before = k_all[:, :T], self.values(v_all[:, :T])
 
         o, memory = kernels.gated_memory(
@@ -140,6 +141,7 @@ class Mamba3Memory(MemoryBlock):
             at_micro_step(log_decay, 0, R),
             None,
             weight[:, :, None].expand(-1, -1, R, -1).flatten(1, 2),
+            decay_sign=None if sign is None else at_micro_step(sign, 0, R, elsewhere=1.0),
             scale=1.0,
             initial_state=state["memory"],
         )
@@ -191,12 +193,13 @@ class Mamba3Memory(MemoryBlock):
         if gates.angle is not None:
             k_before = rotated(k_before, gates.angle[:, :, :, None])
         lag = log_decay.new_tensor([1.0] * R + [0.0] * R).repeat(T)[None, :, None, None]
-        writes = torch.stack([log_decay.exp() * (1 - present) * step, present * step], 2)
+        decay = decay_of(gates)
+        writes = torch.stack([decay * (1 - present) * step, present * step], 2)
         log_decay = at_micro_step(log_decay, 0, 2 * R)[..., None]
         trace = {
             "k": _micro(torch.cat([k_before, into.k], 3)),
             "v": _micro(torch.cat([v_all[:, :T], v_all[:, 1:]], 3)),
-            "decay": log_decay.exp(),
+            "decay": at_micro_step(decay, 0, 2 * R, elsewhere=1.0)[..., None],
             "log_decay": log_decay,
             "erase": torch.zeros_like(log_decay),
             "write": writes.repeat_interleave(R, 2).flatten(1, 2)[..., None],
@@ -227,6 +230,13 @@ class Mamba3Memory(MemoryBlock):
                 memory = rotated(memory.mT, state["angle"][:, :, None]).mT
             every.append(memory)
         return torch.stack(every, 1)
+
+
+def decay_of(gates: GateValues) -> Tensor:
+    """The decay [B,T,H]; it has a sign where an intervention gives it one."""
+    assert gates.log_decay is not None
+    decay = gates.log_decay.exp()
+    return decay if gates.decay_sign is None else decay * gates.decay_sign
 
 
 def rotated(x: Tensor, angle: Tensor) -> Tensor:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from arena.blocks import build_block
+from arena.training import Replica, train_fleet
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_training_fleet import TASK, model_config, same, train_config
 
 D, H = 8, 2
 KINDS = {
@@ -257,6 +263,17 @@ def test_the_angle_stays_exact_over_long_sequences():
         assert off.abs().max() < 1e-7
         assert found.abs().max() <= math.pi + 1e-12
     torch.testing.assert_close(state["key"], whole["key"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(outer="official"), dict(options=dict(rank=2))], ids=str)
+def test_a_fleet_is_its_runs_bit_for_bit(options):
+    model = model_config("mamba3", n_layers=1, **options)
+    replicas = [Replica(seed=seed, lr=lr) for seed, lr in ((0, 1e-2), (1, 3e-3), (2, 1e-2))]
+    for replica, result in zip(
+        replicas, train_fleet(model, TASK, train_config(steps=3), replicas), strict=True
+    ):
+        [alone] = train_fleet(model, TASK, train_config(steps=3), [replica])
+        assert same(alone, result)
 
 
 def parity_block():

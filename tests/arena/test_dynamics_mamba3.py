@@ -189,7 +189,15 @@ def test_nothing_changes_where_a_hook_changes_nothing(outer, rank):
 
 
 @pytest.mark.parametrize(
-    "text", ["decay:freeze:0.5", "write:freeze:0.25", "angle:zero", "angle:clamp:-0.01:0.01"]
+    "text",
+    [
+        "decay:freeze:0.5",
+        "decay:freeze:-0.5",
+        "decay:zero",
+        "write:freeze:0.25",
+        "angle:zero",
+        "angle:clamp:-0.01:0.01",
+    ],
 )
 def test_edits_are_those_of_the_recurrence(text):
     block = make("common", rope_fraction=1.0)

@@ -316,8 +316,17 @@ def test_from_runs_to_a_record_and_back(reproduced, tmp_path):
     first, second = (judge(found, "cpu", part) for part in (table, again.table))
     assert [f.text for f in first.findings] == [f.text for f in second.findings]
     assert load_record("small", "full", tmp_path) is None
+    made_report(directory)
     text = json.dumps(again.origin)
     assert str(tmp_path) not in text and str(directory) not in text
+
+
+def made_report(directory):
+    """A reproduced claim is a tuned result folder like any other."""
+    from arena.report import make_report
+
+    written = {path.name for path in make_report(directory)}
+    assert {"report.md", "panel.parquet", "ledger.parquet"} <= written
 
 
 def test_a_record_of_other_settings_is_refused(reproduced):

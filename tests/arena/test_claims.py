@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tomllib
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -323,9 +324,13 @@ def test_from_runs_to_a_record_and_back(reproduced, tmp_path):
 
 def made_report(directory):
     """A reproduced claim is a tuned result folder like any other."""
+    from arena.grid import load_curves, load_results
     from arena.report import make_report
 
-    written = {path.name for path in make_report(directory)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a run whose files are left out
+        written = {path.name for path in make_report(directory)}
+    assert set(load_curves(directory)["run_id"]) == set(load_results(directory)["run_id"])
     assert {"report.md", "panel.parquet", "ledger.parquet"} <= written
 
 

@@ -4,6 +4,7 @@ does to the other keys.
 Everything is read out linearly along the key k_hat = k / ||k|| that a binding was written with. Beside the
 values, the memory carries one column for every live binding, u_t = M_t ... M_{s+1} k_s, so that k_hat_s^T u_t
 is the weight with which the value bound at s is still found under its key, exactly and without a probe.
+This takes a token that writes one value under one key: none of DeltaProduct's is the key of a binding.
 """
 
 from __future__ import annotations

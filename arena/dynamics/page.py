@@ -13,6 +13,7 @@ from arena.dynamics.effects import LOOKED_AT, NEAR_MINUS_ONE
 from arena.dynamics.figures import draw_figures
 from arena.dynamics.probe import DIMENSIONS, SHUFFLES
 from arena.dynamics.study import SEQUENCES, Tables, read_study
+from arena.grid.store import StoreError
 from arena.report.document import Document, Section, to_markdown
 from arena.report.page import write_html
 from arena.report.request import in_file_order, read_request
@@ -134,7 +135,10 @@ def make_page(tables: Tables, directory: str | Path, out: str | Path) -> list[Pa
 def dynamics_sections(directory: str | Path) -> list[Section]:
     """What ``arena dynamics`` found in a result folder, for its report; empty without a study."""
     out = Path(directory) / "dynamics"
-    tables = read_study(out)
+    try:
+        tables = read_study(out)
+    except StoreError as error:
+        return [Section(heading="Memory dynamics", lines=[str(error)])]
     if tables is None or tables.runs.is_empty():
         return []
     labels = in_file_order(task_labels(tables.runs), read_request(Path(directory)))

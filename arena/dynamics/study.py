@@ -14,7 +14,7 @@ import torch
 import synthetic_tasks
 from arena.dynamics.added import added_dictionary, keep_added, measure_added
 from arena.dynamics.classes import token_classes
-from arena.dynamics.dictionary import data_dictionary_markdown
+from arena.dynamics.dictionary import COLUMNS, data_dictionary_markdown
 from arena.dynamics.directory import choose_runs, measure_runs
 from arena.dynamics.effects import (
     EFFECT_COLUMNS,
@@ -86,6 +86,14 @@ class Choice:
     """Of the sequences; none: the longest training length and the longest reported one."""
     interventions: Sequence[str] = ("standard",)
     """``standard``, ``none``, or texts as :func:`~arena.dynamics.intervene.parse_edit` reads them."""
+
+
+_SCHEMAS: dict[str, dict[str, Any]] = {
+    "eigenvalues": EIGENVALUE_COLUMNS,
+    "effects": EFFECT_COLUMNS,
+    "decodability": PROBE_COLUMNS,
+    "fields": FIELD_COLUMNS,
+}
 
 
 def chosen_runs(directory: str | Path, choice: Choice) -> pl.DataFrame:
@@ -231,15 +239,9 @@ def study(
             table = measure_decodability(model, task, lengths, n_fit=4 * count, n_test=2 * count)
             del about["length"]  # the table has its own
             parts["decodability"].append(_about(table, about))
-    schemas = {
-        "eigenvalues": EIGENVALUE_COLUMNS,
-        "effects": EFFECT_COLUMNS,
-        "decodability": PROBE_COLUMNS,
-        "fields": FIELD_COLUMNS,
-    }
     tables = {"runs": runs}
     for name, frames in parts.items():
-        columns = RUN_COLUMNS | schemas[name]
+        columns = RUN_COLUMNS | _SCHEMAS[name]
         empty = pl.DataFrame(schema={column: kind for column, (kind, _) in columns.items()})
         tables[name] = pl.concat([empty, *(frame.select(empty.columns) for frame in frames)])
     for name, frame in tables.items():
@@ -252,18 +254,26 @@ def study(
 
 
 def read_study(out: str | Path) -> Tables | None:
-    """The tables that :func:`study` wrote to ``out``; None where there is no finished study."""
+    """The tables that :func:`study` wrote to ``out``; None where there is no finished study.
+
+    Raises:
+        StoreError: they are damaged, or of another version, whose columns are not today's.
+    """
     out = Path(out)
-    names = ("runs", "eigenvalues", "effects", "decodability", "fields")
+    names = ("runs", *_SCHEMAS)
     if not all((out / f"{name}.parquet").exists() for name in names):
         return None
+    measurements = pl.scan_parquet(out / "measurements" / "*.parquet")
     try:
         tables = {name: pl.read_parquet(out / f"{name}.parquet") for name in names}
         added = {path.stem: pl.read_parquet(path) for path in sorted((out / "added").glob("*.parquet"))}
+        known = [(tables[name].columns, schema) for name, schema in _SCHEMAS.items()]
+        known.append((measurements.collect_schema().names(), COLUMNS))
     except (OSError, pl.exceptions.PolarsError) as error:
         raise StoreError(f"{out} cannot be read ({type(error).__name__}): arena dynamics makes it") from None
-    measured = pl.scan_parquet(out / "measurements" / "*.parquet")
-    return Tables(measurements=measured, added=added, **tables)
+    if not all(set(schema) <= set(columns) for columns, schema in known):
+        raise StoreError(f"the study in {out} is of another version: arena dynamics makes it anew")
+    return Tables(measurements=measurements, added=added, **tables)
 
 
 def _about(frame: pl.DataFrame, about: dict[str, Any]) -> pl.DataFrame:

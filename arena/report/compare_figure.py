@@ -43,7 +43,7 @@ def compare_figure(
     }
     heights = [0.26 * len(arms[key]) + 0.75 for key in keys] or [1.0]
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        figure = Figure(figsize=(7.2, sum(heights) + 0.6), layout="constrained", dpi=160)
+        figure = Figure(figsize=(6.2, sum(heights) + 0.6), layout="constrained", dpi=160)
         axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
         for axis, key in zip(axes, keys, strict=False):
             cells = longest.filter(task=key[0], task_params=key[1])
@@ -67,7 +67,7 @@ def compare_figure(
             ),
             Line2D([], [], color=_GREY, marker="|", linestyle="", markersize=7, label="one pair of runs"),
         ]
-        figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=8)
+        figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8)
         sns.despine(fig=figure)
         save_figure(figure, path)
 

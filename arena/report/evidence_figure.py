@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from arena.report.figure import STYLE, pen
 from arena.report.palette import Look
@@ -108,8 +108,7 @@ def response_figure(
             mine = points.filter(task=key[0], task_params=key[1], arm=arm)
             winner = mine.join(chosen, on=["task", "task_params", "arm", "trial"], how="semi")
             _response(axis, mine, winner, styles[arm])
-            axis.set_xscale("log")
-            axis.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
+            _log_axis(axis, min(rates) / 1.5, max(rates) * 1.5)
             axis.set_ylim(low - 0.06 * reach, high + 0.09 * reach)
         figure.supxlabel("learning rate", fontsize=10)
         figure.supylabel("score on valid", fontsize=10)
@@ -130,6 +129,16 @@ def response_figure(
             ),
         ]  # fmt: skip
         _finish(figure, handles, path)
+
+
+def _log_axis(axis: Axes, low: float, high: float) -> None:
+    """A logarithmic x axis with labels that do not meet: decades, and the threes between few of them."""
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    if high / low < 100:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _response(axis: Axes, points: pl.DataFrame, winner: pl.DataFrame, style: Look) -> None:
@@ -209,8 +218,11 @@ def _grid(
     """A panel for each task and column, the columns of a task in as many lines as they need."""
     across = min(_ACROSS, len(columns))
     lines = -(-len(columns) // across)
+    tall = max(len(column) for column in columns) // 22
     figure = Figure(
-        figsize=(1.9 * across + 2.2, 1.9 * lines * len(labels) + 0.8), layout="constrained", dpi=160
+        figsize=(1.9 * across + 2.2, (1.9 + 0.18 * tall) * lines * len(labels) + 0.8),
+        layout="constrained",
+        dpi=160,
     )
     axes = figure.subplots(lines * len(labels), across, squeeze=False, sharex=True, sharey=True)
     panels = {}
@@ -222,7 +234,7 @@ def _grid(
                 continue
             panels[key, columns[number]] = axis
             if line == 0 or lines > 1:
-                axis.set_title(plain((title or {}).get(columns[number], columns[number])), fontsize=10)
+                axis.set_title(plain((title or {}).get(columns[number], columns[number]), 22), fontsize=10)
             if number % across == 0:
                 axis.set_ylabel(plain(label), fontsize=10, fontweight="bold")
             if number + across >= len(columns):  # nothing visible below

@@ -64,7 +64,11 @@ def accuracy_figure(
     columns = min(_COLUMNS, len(labels))
     lines = -(-len(labels) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.1 * columns + 1.9, 3.9 * lines + 0.6), layout="constrained", dpi=160)
+        figure = Figure(
+            figsize=(4.1 * columns + 0.8 + 0.09 * max(12, *map(len, arms)), 3.9 * lines + 0.6),
+            layout="constrained",
+            dpi=160,
+        )
         axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
         for axis, key in zip(axes.flat, labels, strict=False):
             trained = rows.filter(task=key[0], task_params=key[1]).select(
@@ -207,7 +211,11 @@ def overview_figure(
     }
     width = sum(len(lengths) for lengths in spans.values())
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(0.62 * width + 2.6, 0.36 * len(arms) + 1.6), layout="constrained", dpi=160)
+        figure = Figure(
+            figsize=(0.62 * width + 1.6 + 0.085 * max(12, *map(len, arms)), 0.36 * len(arms) + 1.6),
+            layout="constrained",
+            dpi=160,
+        )
         axes = figure.subplots(
             1, len(labels), squeeze=False, width_ratios=[len(spans[key]) for key in labels]
         )[0]

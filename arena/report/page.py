@@ -123,7 +123,7 @@ summary { cursor: pointer; color: var(--mark); }
   main { max-width: none; padding: 0; }
   nav { display: none; }
   h2, h3, summary { break-after: avoid; }
-  figure, tr, li, pre { break-inside: avoid; }
+  figure, tr, li, .wide { break-inside: avoid; }
   thead { display: table-header-group; }
   figure { overflow: visible; }
   figure svg, figure img { max-width: 100%; max-height: 225mm; }

@@ -36,9 +36,12 @@ def runs_figure(
     across = min(_ACROSS, len(arms))
     lines = -(-len(arms) // across)
     most = runs_drawn(len(labels), len(arms))
+    tall = max(len(arm) for arm in arms) // 22
     with matplotlib.rc_context(STYLE):
         figure = Figure(
-            figsize=(1.85 * across + 0.7, 1.7 * lines * len(labels) + 0.5), layout="constrained", dpi=160
+            figsize=(1.85 * across + 0.7, (1.7 + 0.16 * tall) * lines * len(labels) + 0.5),
+            layout="constrained",
+            dpi=160,
         )
         axes = figure.subplots(lines * len(labels), across, squeeze=False, sharey=True)
         for line, (key, label) in enumerate(labels.items()):
@@ -50,7 +53,7 @@ def runs_figure(
                     axis.set_visible(False)
                     continue
                 _panel(axis, panel, arms[number], styles[arms[number]], most, trained)
-                axis.set_title(plain(arms[number]), fontsize=9)
+                axis.set_title(plain(arms[number], 22), fontsize=9)
                 if number % across == 0:
                     axis.set_ylabel(plain(label), fontsize=9, fontweight="bold")
         figure.supxlabel("sequence length", fontsize=9)

@@ -126,9 +126,14 @@ def surface_figure(surface: pl.DataFrame, arms: Sequence[str], path: Path, *, ti
     xs, ys = (sorted(set(surface[name]), key=lambda text: _order(json.loads(text))) for name in ("x", "y"))
     across = min(_ACROSS, len(arms))
     lines = -(-len(arms) // across)
+    width = max(16, 8 * len(xs))
+    tall = max(len(arm) for arm in arms) // width
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(
-            figsize=((0.52 * len(xs) + 0.35) * across + 1.0, (0.36 * len(ys) + 0.5) * lines + 0.9),
+            figsize=(
+                max(1.5, 0.52 * len(xs) + 0.35) * across + 1.0,
+                (0.36 * len(ys) + 0.5 + 0.16 * tall) * lines + 0.9,
+            ),
             layout="constrained",
             dpi=160,
         )
@@ -138,7 +143,7 @@ def surface_figure(surface: pl.DataFrame, arms: Sequence[str], path: Path, *, ti
                 axis.set_visible(False)
                 continue
             _map(axis, surface.filter(arm=arms[number]), xs, ys)
-            axis.set_title(plain(arms[number]), fontsize=9)
+            axis.set_title(plain(arms[number], width), fontsize=9)
             if number + across >= len(arms):  # nothing visible below
                 axis.tick_params(labelbottom=True)
         figure.supxlabel(plain(surface["dial_x"][0]), fontsize=9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import re
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -27,8 +28,10 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(path.with_suffix(".svg"), transparent=True, metadata=_METADATA)
 
 
-def plain(text: str) -> str:
-    """Text for a figure in which a dollar is a dollar, and begins no formula."""
+def plain(text: str, width: int | None = None) -> str:
+    """Text for a figure in which a dollar is a dollar, not a formula; in lines of ``width`` letters."""
+    if width is not None:
+        text = textwrap.fill(text, width)
     return text.replace("$", r"\$")
 
 
@@ -80,7 +83,7 @@ def dark_twin(colour: str) -> str:
     is lifted, that its lines can be seen.
     """
     lightness, a, b = _oklab(colour)
-    turned = 0.94 - 0.44 * lightness if colour in COLOURS else 0.93 - 0.725 * lightness
+    turned = 0.94 - 0.44 * lightness if colour in COLOURS else 0.93 - 0.725 * lightness**1.6
     for shrink in (0.9**step for step in range(60)):  # towards grey until the screen has it
         found = _linear(turned, a * shrink, b * shrink)
         if all(-1e-3 <= part <= 1.001 for part in found):

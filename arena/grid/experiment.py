@@ -285,34 +285,37 @@ def load_experiment(source: str | Path) -> Experiment:
         ExperimentError: one line about the first problem, with its place.
     """
     path = Path(source)
+    if "\0" in str(source):
+        raise ExperimentError(f"cannot read {str(source)!r}: no file has such a name")
     try:
         if path.suffix == ".toml":
-            text, label = _read(path), str(source)
+            with open(path, "rb") as file:
+                text, label = file.read(LARGEST_FILE + 1), str(source)
         elif str(source) in shipped():
-            text = (resources.files("experiments") / f"{source}.toml").read_text(encoding="utf-8")
-            label = f"{source}.toml"
+            text, label = (resources.files("experiments") / f"{source}.toml").read_bytes(), f"{source}.toml"
         else:
             hint = near(str(source), shipped())
             raise ExperimentError(f"no experiment {str(source)!r}{hint} (or give a path that ends in .toml)")
     except OSError as error:
         raise ExperimentError(f"cannot read {source}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ExperimentError(f"{source} is not UTF-8 text") from None
-    except ValueError as error:  # such as a name with a null character
-        raise ExperimentError(f"cannot read {str(source)!r}: {error}") from None
+    return parse_text(text, label=label)
+
+
+def parse_text(text: bytes, *, label: str = "experiment") -> Experiment:
+    """Validate the content of an experiment file.
+
+    Raises:
+        ExperimentError: one line about the first problem, with its place.
+    """
+    if len(text) > LARGEST_FILE:
+        raise ExperimentError(f"{label} is larger than {LARGEST_FILE} bytes: it is no experiment")
     try:
-        data = tomllib.loads(text)
+        data = tomllib.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ExperimentError(f"{label} is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise ExperimentError(f"{label} is not valid TOML: {one_line(error)}") from None
     return parse_experiment(data, label=label)
-
-
-def _read(path: Path) -> str:
-    with open(path, "rb") as file:
-        data = file.read(LARGEST_FILE + 1)
-    if len(data) > LARGEST_FILE:
-        raise ExperimentError(f"{path} is larger than {LARGEST_FILE} bytes: it is no experiment")
-    return data.decode("utf-8-sig")
 
 
 def parse_experiment(data: Mapping[str, Any], *, label: str = "experiment") -> Experiment:

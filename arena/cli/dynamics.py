@@ -25,8 +25,8 @@ def dynamics(
     intervene: Annotated[
         list[str] | None,
         typer.Option(
-            help="standard (default), none, or GATE:ACTION[:ARGUMENT...][@layer=N][@head=N,N][@class=NAME], "
-            "such as erase:clamp:0:1@head=0; may be given again."
+            help="standard (default), none, or GATE:ACTION[:ARGUMENT...][@layer=N][@head=N,N][@class=NAME]"
+            "[@micro=N], such as erase:clamp:0:1@head=0; may be given again."
         ),
     ] = None,
 ) -> int:

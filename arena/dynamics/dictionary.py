@@ -81,9 +81,9 @@ def data_dictionary_markdown() -> str:
     lines += [f"| `{name}` | {meaning} |" for name, (_, meaning) in COLUMNS.items()]
     lines += [
         "",
-        "Of a token that updates its memory several times (DeltaProduct, RWKV-7, Mamba-3's MIMO), M_t and D_t "
-        "are the products over its micro-steps. Where several of them write, no key is that of a binding, and "
-        "the quantities of edits are null.",
+        "Of a token that updates its memory several times (DeltaProduct, RWKV-7, Mamba-3's MIMO), M_t and "
+        "D_t are the products over its micro-steps. Where several of them write, no key is that of a "
+        "binding, and the quantities of edits are null.",
         "",
         "| quantity | family | unit | a row for each | meaning | equation |",
         "|---|---|---|---|---|---|",

@@ -175,9 +175,11 @@ def _memory_gates(gates: GateValues) -> dict[str, Tensor]:
     return values
 
 
-def _gated_steps(name: str, block: MemoryBlock) -> int:
-    """So many of a token's micro-steps, the first ones, have this gate."""
-    return {"decay": 1, "erase": block.erasing_steps}.get(name) or block.gate_steps
+def gated_steps(name: str, block: Block) -> int:
+    """So many of a token's micro-steps, the first ones, have this gate to themselves."""
+    if not isinstance(block, MemoryBlock) or name not in ("erase", "write"):
+        return 1
+    return (block.erasing_steps if name == "erase" else None) or block.gate_steps
 
 
 def _side_by_side(gate: Tensor, n: int, count: int) -> Tensor:
@@ -201,7 +203,7 @@ def _changed_gates(
     if n == 1:
         after = hook(layer, dict(before), start)
     else:
-        counts = {name: _gated_steps(name, block) for name in before}
+        counts = {name: gated_steps(name, block) for name in before}
         seen = {name: _side_by_side(value, n, counts[name]) for name, value in before.items()}
         found = hook(layer, dict(seen), start)
         after = {

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from arena.blocks.recurrent import RecurrentBlock
 from arena.blocks.registry import near
-from arena.dynamics.hooks import Hook, gates_of, hooked
+from arena.dynamics.hooks import Hook, gated_steps, gates_of, hooked
 from arena.dynamics.record import blocks_of
 
 GATES = ("decay", "erase", "write", "angle", "output")
@@ -65,6 +65,8 @@ class Edit:
     """None: every head."""
     tokens: str | None = None
     """A class of tokens; None: every token."""
+    micro: int | None = None
+    """Where a token updates the memory several times: which of them, from 0; None: all."""
     means: Mapping[int, Tensor] | None = dataclasses.field(default=None, repr=False, compare=False)
     """Layer -> [H,C]: filled by :func:`prepare`."""
 
@@ -94,13 +96,14 @@ class Edit:
     @property
     def what(self) -> str:
         """The change in words, without its place."""
+        gate = self.gate if self.micro is None else f"{self.gate} of micro-step {self.micro}"
         if self.action == "zero":
-            return f"{self.gate} = 0"
+            return f"{gate} = 0"
         if self.action == "clamp":
-            return f"{self.gate} clamped to [{self.low:g}, {self.high:g}]"
+            return f"{gate} clamped to [{self.low:g}, {self.high:g}]"
         if self.action == "swap":
-            return f"{self.gate} swapped with {self.other}"
-        return f"{self.gate} frozen at " + ("its mean" if self.value is None else f"{self.value:g}")
+            return f"{gate} swapped with {self.other}"
+        return f"{gate} frozen at " + ("its mean" if self.value is None else f"{self.value:g}")
 
 
 _EDIT = re.compile(r"(?P<gate>[a-z]+):(?P<action>[a-z]+)(?P<args>(:[^:@]+)*)(?P<where>(@[a-z]+=[^@]+)*)")
@@ -109,14 +112,16 @@ _EDIT = re.compile(r"(?P<gate>[a-z]+):(?P<action>[a-z]+)(?P<args>(:[^:@]+)*)(?P<
 def parse_edit(text: str) -> Edit:
     """An edit as the command line writes it.
 
-    ``GATE:ACTION[:ARGUMENT...][@layer=N][@head=N,N][@class=NAME]``: ``erase:clamp:0:1``, ``write:zero``,
-    ``decay:freeze`` (at its mean), ``decay:freeze:0.9@layer=0@head=1,3``, ``erase:swap:write@class=query``.
+    ``GATE:ACTION[:ARGUMENT...][@layer=N][@head=N,N][@class=NAME][@micro=N]``: ``erase:clamp:0:1``,
+    ``write:zero``, ``decay:freeze`` (at its mean), ``decay:freeze:0.9@layer=0@head=1,3``,
+    ``erase:swap:write@class=query``, ``erase:zero@micro=1``.
 
     Raises:
         ValueError: one line that says what would be right.
     """
     found = _EDIT.fullmatch(text.strip())
-    form = "GATE:ACTION[:ARGUMENT...][@layer=N][@head=N,N][@class=NAME], such as erase:clamp:0:1@head=0"
+    places = "[@layer=N][@head=N,N][@class=NAME][@micro=N]"
+    form = f"GATE:ACTION[:ARGUMENT...]{places}, such as erase:clamp:0:1@head=0"
     if found is None:
         raise ValueError(f"cannot read the intervention {text!r}; write {form}")
     arguments = [word for word in found["args"].split(":") if word]
@@ -129,14 +134,14 @@ def parse_edit(text: str) -> Edit:
             fields[name] = word if name == "other" else float(word)
         for part in filter(None, found["where"].split("@")):
             name, _, word = part.partition("=")
-            if name == "layer":
-                fields["layer"] = int(word)
+            if name in ("layer", "micro"):
+                fields[name] = int(word)
             elif name in ("head", "heads"):
                 fields["heads"] = tuple(int(number) for number in word.split(","))
             elif name == "class":
                 fields["tokens"] = word
             else:
-                raise ValueError(f"there is no place {name!r} (layer, head, class)")
+                raise ValueError(f"there is no place {name!r} (layer, head, class, micro)")
     except ValueError as error:
         raise ValueError(f"cannot read the intervention {text!r}: {error}; write {form}") from None
     return Edit(**fields)
@@ -163,6 +168,10 @@ def check(model: nn.Module, edits: Sequence[Edit]) -> None:
             if edit.other in GATES and block.gate_steps > 1 and "decay" in (edit.gate, edit.other):
                 count = block.gate_steps
                 raise ValueError(f"{edit.what}: a token of layer {layer} has one decay, {count} of the other")
+            steps = gated_steps(edit.gate, block)
+            if edit.micro is not None and not 0 <= edit.micro < steps:
+                had = "one of it" if steps == 1 else f"micro-steps 0..{steps - 1}"
+                raise ValueError(f"{edit.what}: a token of layer {layer} has {had}")
             n_heads = int(block.n_heads)  # type: ignore[arg-type]
             for head in edit.heads or ():
                 if not 0 <= head < n_heads:
@@ -185,18 +194,20 @@ def edited(
     model: nn.Module, edits: Sequence[Edit], classes: Mapping[str, Tensor], *, seed: int = 0
 ) -> AbstractContextManager[None]:
     """Within the context ``model`` runs with the edits; arguments as of :func:`editor`."""
-    return hooked(model, editor(edits, classes, seed=seed))
+    return hooked(model, editor(model, edits, classes, seed=seed))
 
 
-def editor(edits: Sequence[Edit], classes: Mapping[str, Tensor], *, seed: int = 0) -> Hook:
+def editor(model: nn.Module, edits: Sequence[Edit], classes: Mapping[str, Tensor], *, seed: int = 0) -> Hook:
     """The hook that makes the edits, one after the other.
 
     Args:
+        model: a model or a block.
         edits: prepared where they freeze at a mean.
         classes: class of tokens -> bool [B,T] of the batch that the model is given.
         seed: of swaps over tokens.
     """
     _check_classes(edits, classes)
+    blocks = blocks_of(model)
 
     def hook(layer: int, values: dict[str, Tensor], start: int | None) -> dict[str, Tensor]:
         for edit in edits:
@@ -204,6 +215,9 @@ def editor(edits: Sequence[Edit], classes: Mapping[str, Tensor], *, seed: int = 
                 continue
             old = values[edit.gate]
             where = _places(edit, old, classes, start)
+            if edit.micro is not None:  # a gate's micro-steps lie side by side
+                width = old.shape[-1] // gated_steps(edit.gate, blocks[layer])
+                where = where & (torch.arange(old.shape[-1], device=old.device) // width == edit.micro)
             if edit.other in values:
                 other = values[edit.other]
                 if old.shape[-1] != other.shape[-1] and 1 not in (old.shape[-1], other.shape[-1]):
@@ -291,7 +305,7 @@ def changed_share(
         tokens: [B,T].
         classes: class of tokens -> bool [B,T] of these tokens.
     """
-    change = editor(edits, classes)
+    change = editor(model, edits, classes)
     changed = total = 0
 
     def look(layer: int, values: dict[str, Tensor], start: int | None) -> dict[str, Tensor]:

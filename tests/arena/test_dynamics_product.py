@@ -292,6 +292,48 @@ def test_a_gate_is_frozen_at_the_mean_of_each_micro_step():
     close(trace["erase"].unflatten(1, (17, 3)), erase.mean((0, 1)).expand_as(erase))
 
 
+def test_one_micro_step_is_changed_alone():
+    block, x = make("gdnproduct[3]-neg")
+    clean = block.trace(x)
+    for text, value in (("erase:zero@micro=2@head=1", 0.0), ("erase:freeze:0.5@micro=0@head=1", 0.5)):
+        edit = parse_edit(text)
+        check(block, [edit])
+        with edited(block, [edit], {}):
+            trace = block.trace(x)
+        expected = clean["erase"].clone()
+        expected[:, edit.micro :: 3, 1] = value
+        close(trace["erase"], expected)
+        assert torch.equal(trace["write"], clean["write"]) and edit.what.startswith("erase of micro-step")
+    (edit,) = prepare(block, [parse_edit("write:freeze@micro=1")], x, {})
+    with edited(block, [edit], {}):
+        write = block.trace(x)["write"].unflatten(1, (17, 3))
+    wanted = clean["write"].unflatten(1, (17, 3)).clone()
+    wanted[:, :, 1] = wanted[:, :, 1].mean((0, 1))
+    close(write, wanted)
+    for text, why in (
+        ("erase:zero@micro=3", "a token of layer 0 has micro-steps 0..2"),
+        ("decay:freeze@micro=0", ""),
+        ("decay:freeze@micro=1", "a token of layer 0 has one of it"),
+        ("output:zero@micro=-1", "a token of layer 0 has one of it"),
+    ):
+        if why:
+            with pytest.raises(ValueError, match=why):
+                check(block, [parse_edit(text)])
+        else:
+            check(block, [parse_edit(text)])
+
+
+def test_without_the_first_reflection_s3_has_no_rotations():
+    """It reflects at the second micro-step: without the first, a rotation is one reflection too few."""
+    model, batch = s3_model(), S3.sample(16, 8, split="test")
+    with edited(model, [parse_edit("erase:zero@micro=0"), parse_edit("write:zero@micro=0")], {}):
+        answers = model(batch.tokens)[0].argmax(-1)
+    turned = torch.isin(batch.tokens, torch.tensor(_KINDS["rotation"])).long().cumsum(1) > 0
+    assert bool((answers == batch.targets)[~turned].all())
+    first = turned & (turned.long().cumsum(1) == 1)
+    assert bool((answers != batch.targets)[first].all())
+
+
 def test_swaps_that_have_no_meaning_are_refused():
     block, x = make("gdnproduct[3]-neg")
     with pytest.raises(ValueError, match="a token of layer 0 has one decay, 3 of the other"):

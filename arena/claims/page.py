@@ -21,8 +21,8 @@ score is the chance-scaled accuracy, (accuracy - chance) / (1 - chance), on spli
 tested in both directions, with Holm's correction over the statements of a claim: *confirmed* and *not
 confirmed* are both findings, and *undecided* says what is lacking. A claim is confirmed where every statement
 of it is; statements marked *ours* are beside the claim and do not count; where a *control* does not learn
-the task, nothing is decided on it. The small size (`cpu`) is not the
-published regime: what it does not confirm may hold there.
+the task, nothing is decided on it. The small size (`cpu`) is not the published regime: what it does not
+confirm may hold there.
 
 This page is made by `python tools/claims.py` from the records in `experiments/claims/results/`."""
 

@@ -133,22 +133,19 @@ def _say_cost(engines: list[tuple[Claim, Path, Executor]], size: str, device: st
 
 
 def _judge(claim: Claim, size: str, directory: Path) -> Judged:
-    """Print the verdict."""
-    from rich.table import Table
-
+    """Print the verdict on every line, and on the claim."""
     from arena.claims import judge, score_table
-    from arena.claims.page import COLUMNS, rows_of
+    from arena.claims.page import rows_of
     from arena.grid import load_results
 
     judged = judge(claim, size, score_table(load_results(directory)))
-    title = f"{claim.section.number}. {claim.section.sentence}"
-    table = Table(title=title, title_justify="left", show_lines=True)
-    for column in COLUMNS:
-        table.add_column(column)
-    for row in rows_of(judged):
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"claim {claim.section.number} at size {size}: {judged.verdict}")
+    print()
+    for statement, published, ours, verdict in rows_of(judged):
+        console.print(f"{verdict.upper()}: {statement}", soft_wrap=True, markup=False)
+        console.print(f"    published: {published}", soft_wrap=True, markup=False)
+        console.print(f"    ours: {ours}", soft_wrap=True, markup=False)
+    summary = f"claim {claim.section.number} at size {size}: {judged.verdict.upper()}"
+    console.print(summary, soft_wrap=True, markup=False)
     return judged
 
 
@@ -163,22 +160,21 @@ def _constructions(record: bool) -> int:
     """Run the constructions and show them."""
     from dataclasses import asdict
 
-    from rich.table import Table
-
-    from arena.claims.page import CONSTRUCTION_COLUMNS, construction_rows
     from arena.claims.record import FOLDER
     from arena.constructions import CONSTRUCTIONS as ALL
     from arena.constructions import measure
     from arena.grid.environment import environment
 
     print("constructions: weights set by hand, in the real blocks, in float32")
-    measured = [measure(construction, sequences=1) for construction in ALL]
-    table = Table()
-    for column in CONSTRUCTION_COLUMNS:
-        table.add_column(column)
-    for row in construction_rows(measured):
-        table.add_row(*row)
-    console.print(table)
+    measured = []
+    for construction in ALL:
+        one = measure(construction, sequences=1)
+        measured.append(one)
+        print(
+            f"{'passes' if one.passes else 'FAILS'}: {one.what} ({one.arch}, {one.backend}): accuracy "
+            f"{one.accuracy:g} at {one.length:,} tokens; smallest margin of a logit {one.margin:.2g} "
+            f"({one.ideal:.2g} in float64), largest error {one.error:.1g}"
+        )
     failed = [one.name for one in measured if not one.passes]
     if failed:
         print(f"a construction fails ({', '.join(failed)}): nothing measured here can be trusted")

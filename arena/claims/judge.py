@@ -35,6 +35,7 @@ from arena.claims.file import Claim, families
 from arena.claims.rules import Line
 from arena.claims.scores import windows
 from arena.grid.experiment import Experiment
+from arena.report.tables import SOLVED
 from arena.report.verdicts import ALPHA, LEARNED, compared, lacking, p_text
 from arena.statistics import (
     MIN_UNITS,
@@ -225,7 +226,7 @@ def _units(table: pl.DataFrame, length: int) -> pl.DataFrame:
         "eval_length",
         accuracy="score",
         chance_scaled_accuracy="score",
-        solved=pl.col("score") >= 0.95,
+        solved=pl.col("score") >= SOLVED,
     )
 
 

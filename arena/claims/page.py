@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arena.claims.file import SIZES, Claim, claim_names, load_claim
-from arena.claims.judge import Finding, Judged, judge
+from arena.claims.judge import Judged, judge
 from arena.claims.record import FOLDER, Record, load_record
 from arena.constructions import CONSTRUCTIONS, Measured
 
@@ -162,6 +162,3 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
     return "\n".join([line(columns), "|" + "---|" * len(columns), *(line(row) for row in rows)])
-
-
-__all__ = ["COLUMNS", "CONSTRUCTION_COLUMNS", "Finding", "command", "construction_rows", "page", "rows_of"]

@@ -20,10 +20,12 @@ from arena.report.tables import (
 )
 from arena.statistics import MIN_UNITS
 
-DRAWN_TASKS = 24
+DRAWN_TASKS = 12
 """Tasks in a figure."""
 LISTED_TASKS = 60
 """Tasks with a table in the report."""
+RUN_PANELS = 80
+"""Panels in the figure of the single runs."""
 
 _BUDGET = ("parameters", "state bytes", "tokens", "unmatched")
 
@@ -85,7 +87,8 @@ def accuracy_sections(
     figures = [folder / f"{name}.png" for name in names]
     accuracy_figure(best, drawn, figures[0], title=title, styles=styles)
     overview_figure(chosen, drawn, figures[1], title=title)
-    runs_figure(best, drawn, styles, figures[2])
+    tasks = max(1, RUN_PANELS // chosen["arm"].n_unique())
+    runs_figure(best, dict(list(drawn.items())[:tasks]), styles, figures[2])
     sections = [Section(heading="Accuracy over sequence length", figures=figures[:2], quiet=True)]
     sections += [
         replace(_task_section(chosen, frames["budget"], key, label), part=True)
@@ -95,6 +98,8 @@ def accuracy_sections(
         sections.append(replace(_overall_section(frames["overall"]), part=True))
     sections[-1] = replace(sections[-1], caption=_LEGEND)
     sections.append(Section(heading="Run by run", figures=figures[2:], caption=_RUNS, quiet=True))
+    if tasks < len(drawn):
+        sections[-1] = replace(sections[-1], lines=[f"Too many panels: the first {tasks} tasks are drawn."])
     routing = routing_table(best)
     experts = routing_section(routing, labels)
     if experts is not None:

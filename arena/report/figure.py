@@ -243,7 +243,7 @@ def overview_figure(
                 xticklabels=spans[key],
                 yticklabels=[plain(arm) for arm in arms] if position == 0 else False,
             )
-            axis.set_title(plain(labels[key]))
+            axis.set_title(plain(labels[key], max(8, 7 * len(spans[key]))), fontsize=9)
             axis.set_xlabel("sequence length")
             axis.tick_params(length=0, rotation=0)
         figure.supxlabel(

@@ -43,7 +43,7 @@ def runs_figure(
             layout="constrained",
             dpi=160,
         )
-        axes = figure.subplots(lines * len(labels), across, squeeze=False, sharey=True)
+        axes = figure.subplots(lines * len(labels), across, squeeze=False)  # shared axes are slow
         for line, (key, label) in enumerate(labels.items()):
             panel = table.filter(task=key[0], task_params=key[1]).sort("eval_length")
             trained = rows.filter(task=key[0], task_params=key[1])["train_length_max"].max()
@@ -79,3 +79,4 @@ def _panel(axis: Axes, panel: pl.DataFrame, arm: str, style: Look, most: int, tr
     axis.minorticks_off()
     axis.set_ylim(-0.05, 1.07)
     axis.set_yticks([0, 0.5, 1.0])
+    axis.tick_params(axis="y", labelsize=7)

@@ -318,8 +318,24 @@ def test_from_runs_to_a_record_and_back(reproduced, tmp_path):
     assert [f.text for f in first.findings] == [f.text for f in second.findings]
     assert load_record("small", "full", tmp_path) is None
     made_report(directory)
+    told_in_the_page(found, directory)
     text = json.dumps(again.origin)
     assert str(tmp_path) not in text and str(directory) not in text
+
+
+def told_in_the_page(found, directory):
+    """The report of a claim's folder begins with the verdict, as long as it is this claim that was run."""
+    from arena.claims import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "claim_names", lambda: ["small"])
+        patch.setattr(report, "load_claim", lambda name: found)
+        (section,) = report.claim_sections(directory)
+        assert section.heading.startswith(f"Claim {found.section.number} at size cpu: ")
+        assert len(section.rows) == len(found.lines) and section.commands == ["arena reproduce small"]
+        other = claim(SOLVES, FAILS, ABOVE, NARROWER, change=lambda data: data.update(title="another"))
+        patch.setattr(report, "load_claim", lambda name: other)
+        assert report.claim_sections(directory) == []
 
 
 def made_report(directory):

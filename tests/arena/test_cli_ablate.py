@@ -71,6 +71,11 @@ def test_every_point_is_tuned_tested_and_reported(here, tmp_path):
     code, out, err = here("report", folder)
     assert code == 0, err
     assert "Ablation of gdn2" in out and "ablation.md" in out and "gdn2 erase=mean" in out
+    page = (folder / "report" / "page.html").read_text()
+    assert page.index("<h2>Ablation of gdn2") < page.index("<h2>Accuracy over sequence length")
+    assert "arena ablate tiny.toml --out results/tiny" in page and "<h3>main effects" in page
+    asked = load_experiment(folder / "ablation" / "request.toml")  # what the page's command takes
+    assert plan_ablation(asked).experiment.archs == names and asked.ablation.write == ["channel", "one"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`arena dynamics` on a small grid that is really trained: tables, figures, page, refusals."""
 
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -12,13 +13,14 @@ from page_checks import Page, check_alone
 
 from arena.dynamics import findings
 from arena.dynamics.effects import EFFECT_COLUMNS
-from arena.dynamics.page import make_page
+from arena.dynamics.page import dynamics_sections, make_page
 from arena.dynamics.probe import PROBE_COLUMNS
 from arena.dynamics.quantities import QUANTITIES
 from arena.dynamics.sentences import identified_sentences
 from arena.dynamics.study import Choice, study
 from arena.grid import run_experiment
 from arena.grid.experiment import ExperimentError, parse_experiment
+from arena.report import make_report
 from arena.report.document import Document, Section
 from arena.report.page import to_html
 
@@ -71,6 +73,26 @@ def test_the_page_stands_alone_and_has_every_section(measured):
         assert heading in words
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     assert words.index("rebind: side") < words.index("parity: side")  # the order of the experiment file
+
+
+def test_a_report_takes_the_dynamics_in(measured, results):
+    out, tables, _, _ = measured
+    assert dynamics_sections(results) == []
+    try:
+        shutil.copytree(out, results / "dynamics")
+        first, *parts = dynamics_sections(results)
+        assert first.heading == "Memory dynamics" and first.link[1] == "../dynamics/page.html"
+        assert all(section.part for section in parts)
+        headings = [section.heading for section in parts]
+        assert "rebind: side by side, length 32" in headings and "What cannot be said" in headings
+        assert sum(len(section.figures) for section in parts) >= 6
+        make_report(results, after=[first, *parts])
+        check_alone((results / "report" / "page.html").read_text())
+        tables.runs.write_parquet(results / "dynamics" / "effects.parquet")
+        (only,) = dynamics_sections(results)
+        assert "is of another version: arena dynamics makes it anew" in only.lines[0]
+    finally:
+        shutil.rmtree(results / "dynamics", ignore_errors=True)
 
 
 def test_markdown_says_the_same(measured):

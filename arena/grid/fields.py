@@ -13,6 +13,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeF
 class ExperimentError(ValueError):
     """The request is wrong. The message is one line that says what and what would be right."""
 
+    def __init__(self, line: str) -> None:
+        """Say it; names of a hostile file can be as long as the file, and hold line breaks."""
+        text = " ".join(line.split())
+        super().__init__(text if len(text) <= 2000 else text[:1997] + "...")
+
 
 def listed(value: Any) -> Any:
     """Let a file write ``lr = 1e-3`` for ``lr = [1e-3]``."""

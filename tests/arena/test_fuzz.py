@@ -52,3 +52,12 @@ def test_any_result_folder_is_read_or_refused(tmp_path_factory, trained, attacks
     shutil.copytree(trained, folder, symlinks=True)
     fuzzing.attack(folder, attacks)
     fuzzing.read_folder(folder)
+
+
+def test_what_the_fuzzers_have_found(tmp_path):
+    """A name as long as the file: the message names it in part."""
+    long = {**fuzzing.BASE, "archs": ["gdn", "9" * 5000]}
+    assert fuzzing.read_data(long, tmp_path) == "refused"
+    assert fuzzing.read_file(b"x = " + b"9" * 5000, tmp_path) == "refused"
+    assert fuzzing.read_file(b"x = " + b"[" * 5000, tmp_path) == "refused"
+    assert fuzzing.read_file(b"# " + b"x" * 1_000_001, tmp_path) == "refused"

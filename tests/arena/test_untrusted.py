@@ -94,8 +94,8 @@ def test_a_table_that_names_another_run_is_left_out(folder, here):
 @pytest.mark.parametrize(
     "change",
     [
-        {"n_layers": 10**9}, {"d_model": 2**40}, {"vocab_size": 10**12}, {"mlp_hidden": 10**9}, {"arch": "../x"},
-        {"options": {"slots": 1}}, {"unknown": 1}, {"d_model": "8"}, {"n_heads": 0},
+        {"n_layers": 10**9}, {"d_model": 2**40}, {"vocab_size": 10**12}, {"mlp_hidden": 10**9},
+        {"arch": "../x"}, {"options": {"slots": 1}}, {"unknown": 1}, {"d_model": "8"}, {"n_heads": 0},
     ],
     ids=str,
 )  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import polars as pl
 
 from arena.claims.file import SIZES, Claim, claim_names, load_claim
 from arena.claims.judge import Judged, judge
@@ -132,8 +134,24 @@ def _size(claim: Claim, size: str, record: Record) -> str:
     lines = [f"**Size {size}: {judged.verdict}.**"]
     if record.origin["seal"] != claim.seal(size):
         lines.append("**The settings or rules were changed after this run: it does not count.**")
-    lines += [_table(COLUMNS, rows_of(judged)), _origin(record.origin)]
+    lines += [_table(COLUMNS, rows_of(judged)), *_by_length(claim, size, record), _origin(record.origin)]
     return "\n\n".join(lines)
+
+
+def _by_length(claim: Claim, size: str, record: Record) -> Iterator[str]:
+    """Medians over the seeds at every reported length: whether an arm has learned at all."""
+    finals = record.table.filter(stage="final")
+    for (task, params), part in finals.group_by("task", "task_params", maintain_order=True):
+        lengths = sorted(part["eval_length"].unique())
+        medians = part.group_by("arm", "eval_length").agg(pl.col("score").median())
+        found = {(arm, length): score for arm, length, score in medians.iter_rows()}
+        rates = dict(part.group_by("arm").agg(pl.col("lr").first()).iter_rows())
+        rows = [
+            (arm, *(f"{found[arm, length]:.2f}" for length in lengths), f"{rates[arm]:.2g}")
+            for arm in claim.experiments[size].archs
+        ]
+        yield f"Medians of the scores on {task} {params}, and the tuned learning rate:"
+        yield _table(("architecture", *(f"length {length}" for length in lengths), "rate"), rows)
 
 
 def _origin(origin: Mapping[str, Any]) -> str:

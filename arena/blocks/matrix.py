@@ -262,9 +262,9 @@ class MatrixMemoryBlock(MemoryBlock):
         conv = conv or layer.conv
         activation = layer.activation == "silu" or conv != "none"
         self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
-        self.conv = ShortConv(conv, d_model, self.widths, activation=activation)
+        self.conv = ShortConv(conv, d_model, self.widths, activation=activation, width=layer.conv_width)
         self.make_gates()
-        self.norm = RMSNorm(value_dim) if layer.norm == "rms" else None
+        self.norm = RMSNorm(value_dim, layer.norm_eps) if layer.norm == "rms" else None
         self.gate_out = None
         if layer.output_gate != "none":
             self.gate_out = OutputGate(layer, d_model, n_heads, value_dim)
@@ -375,7 +375,8 @@ def memory_builder(
     official_gates: Mapping[str, Any] | None = None,
     block: type[MatrixMemoryBlock] = MatrixMemoryBlock,
 ) -> Callable[..., Block]:
-    """What builds an architecture, with the options ``gates`` and ``output_gate`` of :func:`matrix_block`.
+    """What builds an architecture, with the options ``gates`` and ``output_gate`` of :func:`matrix_block`,
+    and ``layer``, fields of its official layer (:class:`~arena.blocks.outer.LayerSpec`) to change.
 
     Args:
         spec: The memory.
@@ -393,16 +394,19 @@ def memory_builder(
         depth: float,
         gates: Mapping[str, Any] | None = None,
         output_gate: str | None = None,
+        layer: Mapping[str, Any] | None = None,
     ) -> Block:
-        layer, point = COMMON, spec
+        around, point = COMMON, spec
         if outer == "official":
-            layer, point = official, spec.replace(**(official_gates or {}))
+            around, point = official.changed(layer), spec.replace(**(official_gates or {}))
+        elif layer:
+            raise ValueError("the common layer is one for all: layer is for outer='official'")
         return matrix_block(
             point,
             d_model=d_model,
             n_heads=n_heads,
             conv=conv,
-            layer=layer,
+            layer=around,
             gates=gates,
             output_gate=output_gate,
             block=block,

@@ -11,8 +11,9 @@ published parametrisation.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,12 +39,20 @@ class LayerSpec:
     """Key width of all heads together over d_model (rounded per head, at least 1)."""
     value_ratio: float = 1.0
     """Value width of all heads together over d_model."""
+    key_dim: int | None = None
+    """Key width of one head, in place of ``key_ratio``."""
+    value_dim: int | None = None
+    """Value width of one head, in place of ``value_ratio``."""
     conv: str = "static"
     """Short convolution on q, k and v, one of ``arena.blocks.registry.CONVS``."""
+    conv_width: int = CONV_WIDTH
+    """Taps of a static or dynamic convolution."""
     activation: Literal["silu", "none"] = "silu"
     """On q, k and v. After a convolution it is always SiLU."""
     norm: Literal["rms", "none"] = "rms"
-    """On what a head reads, over its V channels, eps 1e-5."""
+    """On what a head reads, over its V channels."""
+    norm_eps: float = 1e-5
+    """Of that norm."""
     output_gate: Literal["silu", "sigmoid", "none"] = "silu"
     """Non-linearity of the factor on the normed read."""
     output_gate_rank: Literal["full", "head"] = "full"
@@ -54,12 +63,24 @@ class LayerSpec:
     def __post_init__(self) -> None:
         if self.output_gate not in ("silu", "sigmoid", "none"):
             raise ValueError(f"output_gate must be 'silu', 'sigmoid' or 'none', got {self.output_gate!r}")
+        for name in ("key_dim", "value_dim", "conv_width"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole and value >= 1) and (value is not None or name == "conv_width"):
+                raise ValueError(f"{name} is an integer of at least 1, not {value!r}")
 
     def head_dims(self, d_model: int, n_heads: int) -> tuple[int, int]:
         """K and V of one head."""
-        return max(1, round(d_model * self.key_ratio / n_heads)), max(
-            1, round(d_model * self.value_ratio / n_heads)
-        )
+        key_dim = self.key_dim or max(1, round(d_model * self.key_ratio / n_heads))
+        return key_dim, self.value_dim or max(1, round(d_model * self.value_ratio / n_heads))
+
+    def changed(self, fields: Mapping[str, Any] | None) -> LayerSpec:
+        """The same layer with some fields changed; ValueError for an unknown one."""
+        known = [one.name for one in dataclasses.fields(self)]
+        for name in fields or {}:
+            if name not in known:
+                raise ValueError(f"a layer has no field {name!r}; known: {', '.join(known)}")
+        return dataclasses.replace(self, **(fields or {}))
 
 
 COMMON = LayerSpec()
@@ -81,6 +102,7 @@ class ShortConv(nn.Module):
         bias: Give a static convolution a bias.
         activation: Apply SiLU.
         residual: Add x where the kind is static too.
+        width: Taps, of the kinds that have more than one.
     """
 
     def __init__(
@@ -92,6 +114,7 @@ class ShortConv(nn.Module):
         bias: bool = False,
         activation: bool = True,
         residual: bool = False,
+        width: int = CONV_WIDTH,
     ) -> None:
         super().__init__()
         self.residual = residual
@@ -99,21 +122,21 @@ class ShortConv(nn.Module):
         self.widths = list(widths)
         self.activation = activation
         self.composed = False
-        self.rows = 0 if kind in ("none", "gate") else CONV_WIDTH - 1
+        self.rows = 0 if kind in ("none", "gate") else width - 1
         self.bias = None
         if kind == "none":
             return
         taps = torch.empty(self.rows + 1, sum(widths)).uniform_(-1, 1) / math.sqrt(self.rows + 1)
         self.weight = nn.Parameter(taps)
         if kind == "static" and bias:
-            start = torch.empty(sum(widths)).uniform_(-1, 1) / math.sqrt(CONV_WIDTH)
+            start = torch.empty(sum(widths)).uniform_(-1, 1) / math.sqrt(width)
             self.bias = no_weight_decay(nn.Parameter(start))
         if kind in ("dynamic-lowrank", "gate"):
             self.down = nn.Linear(d_in, CONV_RANK * len(self.widths), bias=False)
             self.up = nn.Parameter(torch.zeros(CONV_RANK, self.rows + 1, sum(widths)))
         if kind == "dynamic-headwise":
             self.groups = [width // math.gcd(CONV_GROUP, width) for width in self.widths]
-            self.filters = nn.Linear(d_in, CONV_WIDTH * sum(self.groups), bias=False)
+            self.filters = nn.Linear(d_in, width * sum(self.groups), bias=False)
             nn.init.zeros_(self.filters.weight)
 
     def forward(self, x: Tensor, h: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +170,7 @@ class ShortConv(nn.Module):
         """The same of plain operations, which have derivatives of any order."""
         taps: Tensor = self.weight  # [W,C], or [B,T,W,C] where they are made from h
         if self.kind == "dynamic-headwise":
-            made = self.filters(h).unflatten(-1, (CONV_WIDTH, -1)).split(self.groups, -1)
+            made = self.filters(h).unflatten(-1, (self.rows + 1, -1)).split(self.groups, -1)
             pairs = zip(made, self.widths, self.groups, strict=True)
             taps = taps + torch.cat([f.repeat_interleave(w // g, -1) for f, w, g in pairs], -1)
         elif self.kind != "static":
@@ -166,7 +189,7 @@ class ShortConv(nn.Module):
         xs, taps = x.split(self.widths, -1), self.weight.split(self.widths, -1)
         states = [None] * len(self.widths) if state is None else state.split(self.widths, -1)
         if self.kind == "dynamic-headwise":
-            filters = self.filters(h).unflatten(-1, (CONV_WIDTH, -1)).split(self.groups, -1)
+            filters = self.filters(h).unflatten(-1, (self.rows + 1, -1)).split(self.groups, -1)
             for x_part, bias, start, made in zip(xs, taps, states, filters, strict=True):
                 parts.append(dynamic_short_conv(x_part, filters=made, bias=bias, initial_state=start))
         else:

@@ -140,7 +140,7 @@ def build_block(
     Args:
         name: One of :func:`block_names`, a family with any number of its range.
         d_model: Width D of the input and output.
-        n_heads: Heads H; must divide ``d_model``.
+        n_heads: Heads H; must divide ``d_model``, unless ``layer`` gives the width of a head.
         outer: ``"common"`` (one layer shared by all architectures, only the memory differs) or ``"official"``
             (the layer of the architecture's paper).
         conv: Short convolution, one of :data:`CONVS`; None means the one that ``outer`` implies.
@@ -151,7 +151,9 @@ def build_block(
         ValueError: If a name, a value or an option is unknown, or the sizes do not fit.
     """
     builder = _builder(name)
-    if d_model < 1 or n_heads < 1 or d_model % n_heads:
+    layer = options.get("layer")
+    sized = isinstance(layer, Mapping) and {"key_dim", "value_dim"} <= layer.keys()
+    if d_model < 1 or n_heads < 1 or (d_model % n_heads and not sized):
         raise ValueError(
             f"d_model must be a positive multiple of n_heads, got d_model={d_model}, n_heads={n_heads}"
         )

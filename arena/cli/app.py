@@ -14,6 +14,7 @@ import typer
 from arena.cli import common
 from arena.cli.ablate import ablate
 from arena.cli.check import check_block
+from arena.cli.checkpoints import export, import_
 from arena.cli.common import (
     FAILED,
     INTERRUPTED,
@@ -87,7 +88,7 @@ def _explain(error: Exception, debug: bool) -> int:
         if text:
             complain(f"{text.rstrip('.')}; see arena --help")
         return WRONG
-    if type(error).__name__ in ("ExperimentError", "StoreError", "PluginError"):
+    if type(error).__name__ in ("ExperimentError", "StoreError", "PluginError", "CheckpointError"):
         complain(str(error))
         return WRONG
     if type(error).__name__ == "Abort":
@@ -180,6 +181,8 @@ app.command()(report)
 app.command()(compare)
 app.command()(doctor)
 app.command("check-block")(check_block)
+app.command("import")(import_)
+app.command()(export)
 app.add_typer(bench, name="bench")
 
 

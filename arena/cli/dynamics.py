@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from arena.cli.checkpoints import look_inside
 from arena.cli.common import OK, complain, names, wrong
 
 
 def dynamics(
-    directory: Annotated[Path, typer.Argument(help="A result folder of arena grid.")],
+    directory: Annotated[Path | None, typer.Argument(help="A result folder of arena grid.")] = None,
     out: Annotated[str | None, typer.Option(help="Where to write; default DIR/dynamics.")] = None,
     arm: Annotated[
         str | None, typer.Option("--arch", "--arm", help="Arms or architectures, with commas between.")
@@ -29,6 +30,18 @@ def dynamics(
             "[@micro=N], such as erase:clamp:0:1@head=0; may be given again."
         ),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="In place of DIRECTORY: a folder of arena import, or a public model itself."),
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(help="What the checkpoint reads: .npy, .safetensors or .parquet of token ids, or text."),
+    ] = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option(help="How many stretches of --length tokens the checkpoint reads; default 4."),
+    ] = None,
 ) -> int:
     """Look inside trained memories: gates, states, eigenvalues, retention, edits, probes, interventions."""
     from arena.dynamics.page import make_page
@@ -39,6 +52,20 @@ def dynamics(
     lengths = names("--length", length)
     if not all(word.isdigit() and int(word) > 0 for word in lengths):
         wrong(f"--length is numbers with commas between, not {length!r}")
+    if (checkpoint is None) == (directory is None):
+        wrong("give a result folder, or --checkpoint and --tokens")
+    if checkpoint is not None:
+        if tokens is None:
+            wrong("--checkpoint needs --tokens, a file for it to read")
+        if arm or task or intervene:
+            wrong("--arch, --task and --intervene are about trained tasks, not about --checkpoint")
+        if len(lengths) > 1 or (sequences is not None and sequences < 1):
+            wrong("with --checkpoint, --length and --sequences are one number each, from 1 on")
+        length_of_one = int(lengths[0]) if lengths else None
+        return look_inside(checkpoint, tokens, out=out, length=length_of_one, sequences=sequences)
+    if tokens is not None or sequences is not None:
+        wrong("--tokens and --sequences go with --checkpoint")
+    assert directory is not None
     choice = Choice(
         arms=names("--arch", arm),
         tasks=names("--task", task),

@@ -30,8 +30,8 @@ class OfficialMamba2(MemoryBlock):
     Convolution with bias and SiLU on (x, B, C); B and C shared by all heads and not normalised; read scale 1;
     D x added to what a head reads; RMSNorm over all heads of (y * SiLU(z)); expansion 2 unless told. Sizes
     follow arXiv 2605.22791, appendix E.1, which equalises the state with the delta rules: heads of width
-    ``headdim`` = d_model / (2 n_heads), 4 n_heads of them, and ``d_state`` as wide (64 and 64 at d_model 2048 and 16 heads;
-    the paper's d_state is 128).
+    ``headdim`` = d_model / (2 n_heads), 4 n_heads of them, and ``d_state`` as wide (64 and 64 at d_model 2048
+    and 16 heads; the paper's d_state is 128).
     """
 
     mlp = "none"

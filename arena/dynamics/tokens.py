@@ -188,8 +188,8 @@ def _document(
             columns=["layer", "block", "heads", *shown.values()],
             rows=rows,
             caption="Median over the heads of a layer (lowest to highest head); of a head, the median gate "
-            "over all tokens, else the mean over tokens and sequences. Least eigenvalue of "
-            f"(I - k e^T) D, mean over the first {min(T, EIGENVALUE_TOKENS)} tokens. Head by head: layers.csv.",
+            "over all tokens, else the mean over tokens and sequences. Least eigenvalue: of (I - k e^T) D, "
+            f"mean over the first {min(T, EIGENVALUE_TOKENS)} tokens. Head by head: layers.csv.",
         ),
         *(Section(heading=titles[key], figures=[figures[key]]) for key in _FIGURES if key in figures),
         Section(

@@ -47,8 +47,8 @@ class Routing(NamedTuple):
         """E sum_e f_e P_e, 1 for equal loads, at most E: the auxiliary loss without its coefficient.
 
         Switch Transformer (Fedus et al., arXiv 2101.03961), equations 4 to 6, there for k = 1; f counts the k
-        choices of a token alike, as ST-MoE (Zoph et al., 2202.08906) and others do. The gradient is through
-        P alone.
+        choices of a token alike and divides by k, as DeepSeekMoE does (Dai et al., 2401.06066, section 3.3).
+        Code that does not divide has k times this loss. The gradient is through P alone.
         """
         return self.load.shape[-1] * (self.load * self.importance).sum(-1)
 

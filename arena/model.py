@@ -150,6 +150,7 @@ class Model(nn.Module):
         width = config.d_model
         self.embedding = nn.Embedding(config.vocab_size, width // config.tokens_per_position)
         layers: list[Layer] = []
+        options = {**stack_options(config), **config.options}
         for index, name in enumerate(parse_arch(config.arch, config.n_layers)):
             known = block_options(name)
             block = build_block(
@@ -159,7 +160,7 @@ class Model(nn.Module):
                 outer=config.outer,
                 conv=config.conv,
                 depth=index / max(config.n_layers - 1, 1),
-                **{key: value for key, value in config.options.items() if key in known},
+                **{key: value for key, value in options.items() if key in known},
             )
             kind = "swiglu" if config.outer == "common" else block.mlp
             mlp = None
@@ -266,6 +267,16 @@ class Model(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         return x if self.config.tokens_per_position == 1 else x.flatten(-2)
+
+
+def stack_options(config: ModelConfig) -> dict[str, int]:
+    """``n_blocks`` = ``n_layers``, for official layers whose initial values depend on the depth of the stack.
+
+    These have an option of that name and of default None. One in ``config.options`` goes before this.
+    """
+    names = parse_arch(config.arch, config.n_layers)
+    wanted = any(block_options(name).get("n_blocks", 0) is None for name in names)
+    return {"n_blocks": config.n_layers} if wanted and config.outer == "official" else {}
 
 
 def build_model(config: ModelConfig, *, seed: int) -> Model:

@@ -222,8 +222,17 @@ class TTTModel(Model):
     def state_bytes(self, length: int) -> int:
         """Bytes that one sequence carries, measured: the most at any of its last ``mini_batch`` positions.
 
-        (What is pending of a mini-batch comes and goes; memory is needed for the most of it.)
+        (What is pending of a mini-batch comes and goes; memory is needed for the most of it.) In evaluation
+        mode, in which a naive model has updated weights too.
         """
+        mode = self.training
+        try:
+            return self.eval()._carried(length)
+        finally:
+            self.train(mode)
+
+    def _carried(self, length: int) -> int:
+        """:meth:`state_bytes` in the present mode."""
         C = self.config.tokens_per_position
         tokens = torch.zeros((1, length) if C == 1 else (1, length, C), dtype=torch.int64)
         tokens = tokens.to(self.embedding.weight.device)

@@ -139,7 +139,10 @@ class OfficialMamba3(Mamba3Memory):
         self.mimo_z = None
         if rank > 1:
             self.mimo_z = no_weight_decay(nn.Parameter(torch.ones(heads, rank, headdim)))
-        self.norm = RMSNorm(headdim) if out_norm else None
+        self.norm = None
+        if out_norm:
+            self.norm = RMSNorm(headdim)
+            self.norm.weight = no_weight_decay(nn.Parameter(torch.ones(heads, 1, headdim)))
         self.out = nn.Linear(inner, d_model, bias=False)
 
     def inputs(self, x: Tensor, state: State | None) -> Inputs:
@@ -205,8 +208,8 @@ def build_mamba3(
         bias: Learned biases of B and C.
         headdim: Of the official layer, V.
         d_state: Of the official layer, K.
-        out_norm: Of the official layer: RMSNorm over each head's y before the gate, which the paper advises
-            for hybrids; None: no.
+        out_norm: Of the official layer: RMSNorm over each head's y before the gate, a weight for every head
+            and channel, which the paper advises for hybrids; None: no.
         output_gate: Of the common layer: ``"silu"``, ``"sigmoid"`` or ``"none"``.
 
     Raises:

@@ -35,7 +35,8 @@ class OfficialMLSTM(MemoryBlock):
     convolution with bias and SiLU on x'; q and k from the convolved x', v from x' itself, each by a
     block-diagonal map of blocks of 4; gates from (q, k, v); LayerNorm per head, plus a learnable multiple of
     the convolved x', times SiLU(z), down. Initial weights are normal: sqrt(2 / (5 d_model)) going in, 2 /
-    (n_blocks sqrt(d_model)) going out; ``n_blocks`` is the depth of the stack, which a block does not know.
+    (n_blocks sqrt(d_model)) going out; ``n_blocks`` is the depth of the stack, which a model gives it (2: a
+    block alone).
     """
 
     mlp = "none"

@@ -168,7 +168,7 @@ class OfficialRWKV7(_TwoSteps):
         n_heads: H.
         conv: Short convolution on r, k and v; None: none.
         depth: layer index / (layers - 1).
-        n_blocks: layers, for initial values.
+        n_blocks: layers of the stack, for initial values; a model gives it (2: a block alone).
 
     State: beside those of the memory ``shift`` [B,1,D], the last x.
     """

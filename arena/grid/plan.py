@@ -379,7 +379,7 @@ def _model(
     import torch
 
     from arena.grid.environment import memory_bytes
-    from arena.model import ModelConfig, build_model
+    from arena.model import ModelConfig, build_model, stack_options
     from kernels.backends import recording
 
     arch = experiment.arch_of(arm)
@@ -404,7 +404,9 @@ def _model(
         text, what = one_line(error), "architecture" if arm == arch else "arm"
         raise ExperimentError(text if repr(arm) in text else f"{what} {arm!r}: {text}") from None
     backend = " ".join(f"{operator}={name}" for operator, name in sorted(used.items())) or "torch"
-    fields = {**asdict(config), "options": dict(config.options)}
+    # what the model would fill in; at 2 layers it is what a block does alone: ids from before it stay
+    implied = stack_options(config) if config.n_layers != 2 else {}
+    fields = {**asdict(config), "options": {**implied, **config.options}}
     for name in LATER_FIELDS:
         if fields[name] == getattr(ModelConfig, name):
             del fields[name]

@@ -8,7 +8,8 @@ backend that trains nor on the size of its chunks, and a plug-in block needs no 
 - nothing for copies, views, comparisons, indexing and embedding.
 
 Softmax attention counts the whole square of positions, masked ones too. A training step is about three
-forward passes for every architecture.
+forward passes, for ``ttt_e2e`` more: its inner steps are in the forward pass, and their second derivatives in
+the backward one.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _FREE = {
 
 
 def flops_per_token(config: Any, length: int) -> float:
-    """FLOPs of one forward pass over a sequence, by its number of positions.
+    """FLOPs of one forward pass over a sequence, in evaluation mode, by its number of positions.
 
     Args:
         config: ``arena.model.ModelConfig``.
@@ -53,7 +54,7 @@ def flops_per_token(config: Any, length: int) -> float:
     """
     from arena.model import build_model
 
-    model = build_model(config, seed=0)
+    model = build_model(config, seed=0).eval()  # a naive ttt_e2e makes its updates there alone
     shape = (1, length) if config.tokens_per_position == 1 else (1, length, config.tokens_per_position)
     tokens = torch.zeros(shape, dtype=torch.int64)
     with torch.no_grad(), _references(), sdpa_kernel(SDPBackend.MATH), _Counter() as counter:

@@ -115,7 +115,7 @@ def official_loop(block, x, options):
         x_r = v if R == 1 else v * block.mimo_x[:, r]
         y_r = reads[:, :, :, r] + block.D[:, 0] * x_r
         if block.norm is not None:
-            y_r = rms(y_r) * block.norm.weight
+            y_r = rms(y_r) * block.norm.weight[:, 0]
         y_r = y_r * F.silu(z if R == 1 else z * block.mimo_z[:, r])
         y = y + (y_r if R == 1 else y_r * block.mimo_o[:, r])
     return block.out(y.flatten(-2))
@@ -346,6 +346,8 @@ def test_sizes_and_initial_values():
     block = build_block("mamba3", d_model=64, n_heads=4, outer="official", headdim=16, d_state=32, rank=4)
     assert (block.n_heads, block.value_dim, block.key_dim, block.pairs, block.mlp) == (8, 16, 32, 8, "swiglu")
     assert block.conv.kind == "none" and block.norm is None
+    normed = build_block("mamba3", d_model=64, n_heads=4, outer="official", out_norm=True)
+    assert normed.norm.weight.numel() == 2 * 64
     assert block.project.weight.shape[0] == 2 * 128 + 2 * 32 * 4 + 3 * 8 + 8
     assert (block.q_bias == 1).all() and (block.mimo_x == 0.25).all() and (block.mimo_o == 0.25).all()
     step = F.softplus(block.token_gates.dt_bias)

@@ -215,3 +215,14 @@ def test_a_split_that_was_killed_while_it_was_recorded_is_completed(fits):
 def test_fleets_are_full_but_the_last():
     runs = grid_fakes.make_runs(groups=20, seeds=100)
     assert len(plan_fleets(runs, 16)) == 20 * 7
+
+
+def test_the_depth_of_the_stack_is_in_the_configuration_where_it_sets_initial_values():
+    def options(arch, n_layers, **more):
+        sizes = {"d_model": 16, "n_layers": n_layers, "n_heads": 1, "outer": "official", **more}
+        return runs_of(archs=[arch], model=sizes)[0].config["model"]["options"]
+
+    assert options("rwkv7", 4) == options("mlstm", 4) == {"n_blocks": 4}
+    assert options("mlstm", 2) == {}, "ids from before the model knew it"
+    assert options("gdn", 4) == options("rwkv7", 4, outer="common") == {}
+    assert options("rwkv7", 4, options={"n_blocks": 3}) == {"n_blocks": 3}

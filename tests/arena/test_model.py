@@ -233,3 +233,19 @@ def test_vmap_equals_loop(arch):
     together = vmap(one)(stacked, buffers, x)
     for model, x_bt, logits in zip(models, x, together, strict=True):
         torch.testing.assert_close(logits, model(x_bt)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_layers", [2, 6])
+def test_official_layers_start_as_in_a_stack_of_this_depth(n_layers):
+    """mLSTM's map out has std 2 / (layers sqrt(D)); RWKV-7's norms have ((layer + 1) / layers)^0.7."""
+    model = build_model(config("xlstm[1:0]", n_layers=n_layers, outer="official", d_model=64), seed=0)
+    for block in model.blocks:
+        assert float(block.down.weight.detach().std()) == pytest.approx(2 / n_layers / 8, rel=0.05)
+    model = build_model(config("rwkv7", n_layers=n_layers, outer="official"), seed=0)
+    sizes = [block.norm_weight[0, 0].item() for block in model.blocks]
+    assert sizes == pytest.approx([((layer + 1) / n_layers) ** 0.7 for layer in range(n_layers)])
+    given = config("rwkv7", n_layers=n_layers, outer="official", options={"n_blocks": 4})
+    blocks = build_model(given, seed=0).blocks
+    assert blocks[-1].norm_weight[0, 0].item() == 1.0
+    assert blocks[0].norm_weight[0, 0].item() == pytest.approx(0.25**0.7)
+    build_model(config("rwkv7", n_layers=n_layers), seed=0)  # the common layer has no such option

@@ -312,6 +312,14 @@ def test_state_bytes_is_the_most_that_is_carried():
     assert model.state_bytes(33) == model.state_bytes(66)  # it does not grow
 
 
+def test_state_bytes_of_naive_updates_are_those_of_the_test():
+    options = {"naive": True, "next_token_weight": 1.0}
+    model, twin, static = make(options=options), make(), make(options={"mini_batch": 0})
+    for length in (0, 3, 8):
+        assert model.state_bytes(length) == twin.state_bytes(length) > static.state_bytes(length)
+    assert model.training and all(module.training for module in model.modules())
+
+
 def test_trace():
     model = make(options={"updated_share": 0.7}).eval()
     x = tokens_for(model)

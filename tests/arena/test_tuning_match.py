@@ -191,6 +191,15 @@ def test_flops_are_those_of_the_formula():
     assert count("linear_attention") > 2 * (4 * D * D + 3 * D * hidden + D * V) + 2 * 2 * D * D
 
 
+def test_naive_updates_are_counted():
+    def count(**options):
+        options = {"mini_batch": 4, "window": 8, "next_token_head": "task", **options}
+        sizes = dict(vocab_size=8, n_classes=8, d_model=16, n_layers=2)
+        return flops_per_token(ModelConfig(arch="ttt_e2e", **sizes, options=options), 12)
+
+    assert count(naive=True) == count() > 1.1 * count(mini_batch=0)
+
+
 def test_the_count_does_not_depend_on_the_backend(monkeypatch):
     config = ModelConfig(arch="gdn2", vocab_size=8, n_classes=8, d_model=16, n_layers=1)
     counts = set()

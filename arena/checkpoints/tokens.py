@@ -47,11 +47,10 @@ def read_tokens(
     if not path.is_file():
         raise CheckpointError(f"{path} is no file")
     wanted = length * sequences
-    readers = {".npy": _npy, ".safetensors": _safetensors, ".parquet": _parquet}
-    reader = readers.get(path.suffix)
+    reader = _READERS.get(path.suffix)
     if reader is not None:
         found = reader(path, wanted)
-    elif path.suffix in (".pt", ".pth", ".bin", ".pkl", ".npz"):
+    elif not is_text(path):
         raise CheckpointError(f"{path}: {path.suffix} is not read; what is: {FORMS}")
     elif tokenizer is None:
         if vocab_size < BYTES:
@@ -75,6 +74,11 @@ def read_tokens(
         return tokens[None]
     count = len(tokens) // length
     return tokens[: count * length].view(count, length)
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file counts as text."""
+    return path.suffix not in (*_READERS, ".pt", ".pth", ".bin", ".pkl", ".npz")
 
 
 def _npy(path: Path, wanted: int) -> np.ndarray:
@@ -171,3 +175,6 @@ def _pieces(path: Path) -> Iterator[str]:
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         raise CheckpointError(f"{path} is neither text in UTF-8 nor one of {FORMS}") from None
+
+
+_READERS = {".npy": _npy, ".safetensors": _safetensors, ".parquet": _parquet}

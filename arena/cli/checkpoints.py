@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from arena.cli.common import OK, wrong
+from arena.cli.common import OK, complain, wrong
 
 LENGTH, SEQUENCES = 1024, 4
 
@@ -59,7 +59,7 @@ def look_inside(
 ) -> int:
     """``arena dynamics --checkpoint``."""
     from arena.checkpoints import load_checkpoint
-    from arena.checkpoints.tokens import read_tokens
+    from arena.checkpoints.tokens import is_text, read_tokens
     from arena.dynamics.tokens import study_tokens
 
     found = load_checkpoint(checkpoint)
@@ -70,7 +70,12 @@ def look_inside(
         sequences=sequences or SEQUENCES,
         tokenizer=found.tokenizer,
     )
+    source = tokens.name
+    if is_text(tokens):
+        source += " as bytes" if found.tokenizer is None else " by tokenizer.json"
+        if found.tokenizer is None:
+            complain(f"{checkpoint} has no tokenizer.json: {tokens} is read as bytes, ids 0 to 255")
     folder = Path(out) if out is not None else checkpoint / "dynamics"
-    written = study_tokens(found.model, read, folder, name=found.name, source=tokens.name, on_line=print)
+    written = study_tokens(found.model, read, folder, name=found.name, source=source, on_line=print)
     print("written: " + ", ".join(str(path) for path in written))
     return OK

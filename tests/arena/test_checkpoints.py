@@ -334,6 +334,8 @@ def test_command_line(tmp_path, capsys):
     ]
     assert pl.read_csv(ours / "dynamics" / "loss.csv")["loss"].to_list() == pytest.approx(losses, rel=1e-5)
     assert run("export", ours, "--out", tmp_path / "public") == 0
+    (tmp_path / "text").write_text("\x00\x01\x02" * 9)
+    assert run("dynamics", "--checkpoint", ours, "--tokens", tmp_path / "text") == 2  # 20 tokens are no bytes
     assert run("export", ours, "--out", tmp_path / "public") == 2
     assert run("import", tmp_path) == 2
     assert run(*words, "--task", "mqar") == 2

@@ -178,7 +178,7 @@ class BucketSort(StringTask):
     Metric: accuracy. Dials: length, n_symbols.
     Chance: 1/n_symbols for one symbol guessed always, the published baseline. Guessing from the place in
     the answer does much better, as the i-th smallest of n is nearly known.
-    Shortcuts: position 0.52, bag of tokens 0.71 at length 64.
+    Shortcuts: position 0.53, bag of tokens 0.73 at length 64.
     """
 
     def _answer(self, x: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Fill the generated parts of README.md, so that no number in it is typed by hand.
+"""Fill the generated parts of README.md and docs/speed.md, so that no number in them is typed by hand.
 
-python tools/readme.py retnet            # the example architecture, from tests/arena/retnet.py
+python tools/readme.py examples          # the example architecture, task and measurement, from their files
 python tools/readme.py demo RESULTS_DIR  # the table and figure of a finished quickstart
 python tools/readme.py bench             # runs the CPU benchmark (minutes; leave the machine alone)
 python tools/readme.py gpu               # the GPU tables, from experiments/benchmarks
@@ -22,21 +22,28 @@ import polars as pl
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+SPEED = ROOT / "docs" / "speed.md"
+EXAMPLES = {
+    "retnet": "tests/arena/retnet.py",
+    "last_seen": "examples/leaky-arena/leaky_arena/task.py",
+    "weight_norm": "examples/leaky-arena/leaky_arena/measure.py",
+}
+"""Section -> the tested file that it shows."""
 
 
-def fill(section: str, text: str) -> None:
-    """Replace what stands between the markers of a section."""
+def fill(section: str, text: str, page: Path = README) -> None:
+    """Replace what stands between the markers of a section of a page."""
     begin, end = f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
-    old = README.read_text(encoding="utf-8")
+    old = page.read_text(encoding="utf-8")
     if old.count(begin) != 1 or old.count(end) != 1:
-        raise SystemExit(f"README.md should have the markers {begin} and {end} once each")
+        raise SystemExit(f"{page.name} should have the markers {begin} and {end} once each")
     pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.DOTALL)
-    README.write_text(pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", old), encoding="utf-8")
+    page.write_text(pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", old), encoding="utf-8")
 
 
-def retnet() -> str:
-    """The example architecture as a code block."""
-    return f"```python\n{(ROOT / 'tests/arena/retnet.py').read_text(encoding='utf-8').strip()}\n```"
+def example(section: str) -> str:
+    """A tested file as a code block."""
+    return f"```python\n{(ROOT / EXAMPLES[section]).read_text(encoding='utf-8').strip()}\n```"
 
 
 def demo(directory: Path) -> str:
@@ -87,7 +94,7 @@ def gpu() -> str:
     folder = ROOT / "experiments" / "benchmarks"
     names = ("training", "operators", "gated_memory", "short_conv", "slstm")
     files = {name: json.loads((folder / f"{name}_h100.json").read_text(encoding="utf-8")) for name in names}
-    links = {name: f"[`{name}_h100.json`](experiments/benchmarks/{name}_h100.json)" for name in names}
+    links = {name: f"[`{name}_h100.json`](../experiments/benchmarks/{name}_h100.json)" for name in names}
     fleets = [
         [
             row["fleet"],
@@ -159,14 +166,15 @@ def _table(head: list[str], rows: list[list[object]]) -> str:
 def main(arguments: list[str]) -> None:
     """Fill one section."""
     match arguments:
-        case ["retnet"]:
-            fill("retnet", retnet())
+        case ["examples"]:
+            for section in EXAMPLES:
+                fill(section, example(section))
         case ["demo", directory]:
             fill("demo", demo(Path(directory)))
         case ["bench"]:
-            fill("bench", bench())
+            fill("bench", bench(), SPEED)
         case ["gpu"]:
-            fill("gpu", gpu())
+            fill("gpu", gpu(), SPEED)
         case _:
             raise SystemExit(__doc__)
 

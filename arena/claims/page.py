@@ -26,7 +26,18 @@ of it is; statements marked *ours* are beside the claim and do not count; where 
 the task, nothing is decided on it. The small size (`cpu`) is not the published regime: what it does not
 confirm may hold there.
 
+{rule}
+
 This page is made by `python tools/claims.py` from the records in `experiments/claims/results/`."""
+
+RULE = """\
+How to read a line. Of *most runs*: how many runs do, with the exact 95 % interval of that rate; it is
+confirmed where an exact two-sided binomial test, after Holm's correction, shows that more than half of all
+seeds would, and not confirmed where it shows that fewer would. 8 of 10 show neither: a fair coin is as far
+from half in 11 % of such series. Of *above*: interquartile means over the seeds, their difference with its
+95 % bootstrap interval, and how many runs solve the task. *Undecided: needs n seeds*: with n seeds in all, a
+rate or a difference that is in truth as large as the one seen would be decided four times in five; a rate
+near one half needs more than a thousand."""
 
 
 _ASIDE = {"claim": "", "ours": " (ours)", "control": " (control)"}
@@ -76,7 +87,7 @@ CONSTRUCTION_COLUMNS = (
 
 def page() -> str:
     """The text of docs/claims.md."""
-    parts = ["# Claims", _HOW, "## Constructions", _constructions()]
+    parts = ["# Claims", _HOW.format(rule=RULE), "## Constructions", _constructions()]
     for name in claim_names():
         parts.append(_claim(load_claim(name)))
     return "\n\n".join(parts) + "\n"
@@ -145,13 +156,28 @@ def _by_length(claim: Claim, size: str, record: Record) -> Iterator[str]:
         lengths = sorted(part["eval_length"].unique())
         medians = part.group_by("arm", "eval_length").agg(pl.col("score").median())
         found = {(arm, length): score for arm, length, score in medians.iter_rows()}
-        rates = dict(part.group_by("arm").agg(pl.col("lr").first()).iter_rows())
+        costs = part.group_by("arm").agg(
+            pl.col("lr").first(), pl.col("params").first(), pl.col("state_bytes").max()
+        )
+        about = {
+            arm: (f"{lr:.2g}", f"{count:,}", f"{state:,}") for arm, lr, count, state in costs.iter_rows()
+        }
         rows = [
-            (arm, *(f"{found[arm, length]:.2f}" for length in lengths), f"{rates[arm]:.2g}")
+            (arm, *(f"{found[arm, length]:.2f}" for length in lengths), *about[arm])
             for arm in claim.experiments[size].archs
         ]
-        yield f"Medians of the scores on {task} {params}, and the tuned learning rate:"
-        yield _table(("architecture", *(f"length {length}" for length in lengths), "rate"), rows)
+        yield (
+            f"Medians of the scores on {task} {params}, the tuned learning rate, and what each may spend "
+            f"(bytes of the state of one sequence of length {lengths[-1]}):"
+        )
+        columns = (
+            "architecture",
+            *(f"length {length}" for length in lengths),
+            "rate",
+            "parameters",
+            "state bytes",
+        )
+        yield _table(columns, rows)
 
 
 def _origin(origin: Mapping[str, Any]) -> str:

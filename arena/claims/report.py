@@ -6,11 +6,17 @@ from pathlib import Path
 
 from arena.claims.file import SIZES, claim_names, load_claim
 from arena.claims.judge import judge
-from arena.claims.page import COLUMNS, rows_of
+from arena.claims.page import COLUMNS, RULE, rows_of
 from arena.claims.scores import score_table
 from arena.grid.results import load_results
 from arena.report.document import Section
 from arena.report.request import read_request
+
+_CAPTION = (
+    "Scores are chance-scaled accuracies, (accuracy - chance) / (1 - chance), on test at the length named. "
+    "(The verdicts of declared pairs on this page are of accuracies at the longest length, in a family of "
+    "their own.) "
+)
 
 
 def claim_sections(directory: str | Path) -> list[Section]:
@@ -39,6 +45,7 @@ def claim_sections(directory: str | Path) -> list[Section]:
                         f"How its numbers are known: {about.trust}",
                         f"What differs from it here: {about.settings}",
                     ],
+                    caption=_CAPTION + " ".join(RULE.replace("*", "").split()),
                     commands=[f"arena reproduce {name}" + f" --size {size}" * (size != "cpu")],
                 )
             ]

@@ -138,7 +138,10 @@ class Line:
             return f"{x} is above {rest[0]} on {place} (a difference under {rule.least:g} is none)"
         if rule.kind == "equal":
             return f"{x} and {rest[0]} are equal on {place} within {rule.margin:g}"
-        return f"{x} has a narrower window of learning rates than {rest[0]} on {place}"
+        return (
+            f"{x} has a narrower window of learning rates than {rest[0]} on {place} (by less than "
+            f"{rule.least:g} decades is not)"
+        )
 
 
 def lines_of(rules: list[Any]) -> Iterator[Line]:

@@ -71,7 +71,7 @@ def to_markdown(document: Document, folder: Path | None = None) -> str:
             lines += ["", *(f"- {line}" for line in section.lines)]
         if section.rows:
             lines += ["", "| " + " | ".join(section.columns) + " |"]
-            lines.append("|---" + "|---:" * (len(section.columns) - 1) + "|")
+            lines.append("|---" + ("|---" if section.text else "|---:") * (len(section.columns) - 1) + "|")
             lines += [
                 "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in section.rows
             ]

@@ -14,6 +14,7 @@ from arena.statistics.comparison import (
     holm,
     permutation_test,
     probability_of_improvement,
+    rate_seeds,
     seeds_needed,
     sign_flip_test,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "paired_difference_interval",
     "permutation_test",
     "probability_of_improvement",
+    "rate_seeds",
     "seeds_needed",
     "sign_flip_test",
 ]

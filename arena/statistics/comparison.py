@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from arena.statistics.intervals import MIN_UNITS, Scores, finite_scores
+from arena.statistics.intervals import MIN_UNITS, Scores, at_most, finite_scores
 
 EXACT_PAIRS = 20
 """Up to so many pairs that differ, every one of the 2^n sign patterns is counted."""
@@ -189,6 +189,33 @@ def detectable_effect(n: int, m: int, alpha: float = 0.05, power: float = 0.8) -
     level, missed = normal.inv_cdf(1 - alpha / (2 * m)), normal.inv_cdf(power)
     rest = n - level**2 / 2
     return (level + missed) / rest**0.5 if n >= seeds_needed(m, alpha) and rest > 0 else None
+
+
+def rate_seeds(rate: float, m: int, least: int, most: int, *, power: float = 0.8) -> int | None:
+    """Fewest runs with which it is found that most runs succeed (or that most fail), with ``power``.
+
+    By the exact two-sided binomial test against one half at level 0.05 / m, the first step of Holm's.
+
+    Args:
+        rate: of success, in truth.
+        m: tests in the family.
+        least: the first number of runs that is looked at.
+        most: the last one.
+        power: how often it has to be found.
+
+    Returns:
+        The number; None where it is above ``most``, as it is for a rate of one half.
+    """
+    rate, critical = max(rate, 1 - rate), 0
+    if rate == 0.5:
+        return None
+    for n in range(least, most + 1):
+        # the fewest successes of n that are significant: it never falls as n grows
+        while critical <= n and 2 * at_most(n - critical, n, 0.5) > 0.05 / m:
+            critical += 1
+        if critical <= n and (rate == 1 or at_most(n - critical, n, 1 - rate) >= power):
+            return n
+    return None
 
 
 def equivalence_test(x: Scores, y: Scores, margin: float) -> float:

@@ -29,12 +29,12 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[f
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials")
     tail = (1 - level) / 2
-    low = 0.0 if successes == 0 else _solve(lambda p: 1 - _at_most(successes - 1, trials, p) - tail)
-    high = 1.0 if successes == trials else _solve(lambda p: tail - _at_most(successes, trials, p))
+    low = 0.0 if successes == 0 else _solve(lambda p: 1 - at_most(successes - 1, trials, p) - tail)
+    high = 1.0 if successes == trials else _solve(lambda p: tail - at_most(successes, trials, p))
     return low, high
 
 
-def _at_most(successes: int, trials: int, rate: float) -> float:
+def at_most(successes: int, trials: int, rate: float) -> float:
     """P(X <= successes) for X ~ Binomial(trials, rate), 0 < rate < 1."""
     log_odds = math.log(rate) - math.log1p(-rate)
     base = trials * math.log1p(-rate) + math.lgamma(trials + 1)

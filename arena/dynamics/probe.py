@@ -20,6 +20,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from arena.blocks.trapezoid import rotated
 from arena.dynamics.classes import running_answers
 from arena.dynamics.record import blocks_of
 from arena.statistics import clopper_pearson
@@ -82,15 +83,17 @@ def memories(model: nn.Module, tokens: Tensor) -> list[Tensor | None]:
     """The memory of every block after the last token, [B,F] in float64; None where it grows with the length.
 
     What a block carries is laid side by side, without the rows of convolutions; memories with a stabiliser
-    are those relative to it.
+    are those relative to it, and one that turns (Mamba-3) is in the frame of its queries, as in a trace.
     """
+    blocks = blocks_of(model)
     pieces: list[list[Tensor | None]] = []
     for part in tokens.split(max(1, _PIECE // tokens.shape[1])):
         states = model(part)[1]
-        pieces.append([_flat(state) for state in ([states] if isinstance(states, dict) else states)])
+        states = [states] if isinstance(states, dict) else states[: len(blocks)]  # ttt_e2e: one more, pending
+        pieces.append([_flat(state) for state in states])
     columns = list(zip(*pieces, strict=True))
     found: list[Tensor | None] = []
-    for block, column in zip(blocks_of(model), columns, strict=True):
+    for block, column in zip(blocks, columns, strict=True):
         grows = any(name in ("k", "v") for name in block.initial_state(1))
         parts = [part for part in column if part is not None]
         found.append(torch.cat(parts) if parts and not grows else None)
@@ -99,6 +102,10 @@ def memories(model: nn.Module, tokens: Tensor) -> list[Tensor | None]:
 
 def _flat(state: dict[str, Tensor]) -> Tensor | None:
     beside = ("m", "stabiliser", "shift", "conv", "conv_out", "conv_up", "conv_down")
+    if {"memory", "key", "angle"} <= set(state):  # Mamba-3
+        angle = state["angle"][:, :, None]
+        memory, key = rotated(state["memory"].mT, angle).mT, rotated(state["key"], angle)
+        state = {"memory": memory, "key": key, "value": state["value"]}
     parts = [x.flatten(1).double() for name, x in state.items() if name not in beside]
     return torch.cat(parts, 1) if parts else None
 

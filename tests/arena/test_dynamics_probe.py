@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 import synthetic_tasks
+from arena.blocks import build_block
 from arena.constructions import parity_model
 from arena.dynamics import probe
 from arena.model import ModelConfig, build_model
@@ -34,6 +35,25 @@ def test_a_growing_memory_has_no_probe():
     )
     (row,) = probe.measure_decodability(model, PARITY, [20], n_fit=32, n_test=32).to_dicts()
     assert row["dimensions"] is None and row["accuracy"] is None
+
+
+def test_weights_updated_beside_a_growing_memory_have_no_probe():
+    options = {"mini_batch": 4, "window": 8}
+    sizes = dict(vocab_size=2, n_classes=2, d_model=16, n_layers=2)
+    model = build_model(ModelConfig(arch="ttt_e2e", **sizes, options=options), seed=0).eval()
+    rows = probe.measure_decodability(model, PARITY, [12], n_fit=32, n_test=32).to_dicts()
+    assert [(row["layer"], row["dimensions"], row["accuracy"]) for row in rows] == [
+        (0, None, None),
+        (1, None, None),
+    ]
+
+
+def test_a_memory_that_turns_is_probed_as_its_queries_read_it():
+    block = build_block("mamba3", d_model=16, n_heads=2)
+    x = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0))
+    (found,) = probe.memories(block, x)
+    state = block.trace(x, states=True)["state"][:, -1].flatten(1)
+    torch.testing.assert_close(found[:, : state.shape[1]], state.double())
 
 
 class Ledger(nn.Module):

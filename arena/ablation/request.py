@@ -8,7 +8,8 @@ from typing import Any
 
 from arena.ablation.axes import Level, Levels, completed, label, levels_of, spec_of, wanted_points
 from arena.blocks import block_names, block_options
-from arena.blocks.matrix import MatrixMemoryBlock, MemoryBlock
+from arena.blocks.matrix import MatrixMemoryBlock
+from arena.blocks.memory_block import MemoryBlock
 from arena.grid.experiment import (
     AblationSection,
     Arm,

@@ -40,7 +40,8 @@ from torch import Tensor, nn
 
 from arena.blocks.base import Block, State, no_weight_decay
 from arena.blocks.mamba2 import head_sizes
-from arena.blocks.matrix import Inputs, MatrixMemoryBlock
+from arena.blocks.matrix import MatrixMemoryBlock
+from arena.blocks.memory_block import Inputs
 from arena.blocks.outer import COMMON, RMSNorm, ShortConv, l2_norm
 from arena.blocks.registry import near, register
 from arena.blocks.trapezoid import Mamba3Memory

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from arena.blocks.base import Block, State, no_weight_decay
 from arena.blocks.gates import exponential_gates
-from arena.blocks.matrix import Inputs, MemoryBlock, matrix_block
+from arena.blocks.matrix import matrix_block
+from arena.blocks.memory_block import Inputs, MemoryBlock
 from arena.blocks.outer import ShortConv
 from arena.blocks.registry import register
 from arena.memory import NAMED

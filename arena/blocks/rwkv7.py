@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from arena.blocks.base import Block, State, memory_dtype, no_weight_decay
 from arena.blocks.gates import GateValues, at_micro_step
-from arena.blocks.matrix import Inputs, MatrixMemoryBlock, MemoryBlock
+from arena.blocks.matrix import MatrixMemoryBlock
+from arena.blocks.memory_block import Inputs, MemoryBlock
 from arena.blocks.outer import COMMON, ShortConv, l2_norm
 from arena.blocks.registry import register
 from arena.memory import GateSpec

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import kernels
 from arena.blocks.base import State, memory_dtype, no_weight_decay
 from arena.blocks.gates import GateValues, at_micro_step, step_bias
-from arena.blocks.matrix import Inputs, MemoryBlock
+from arena.blocks.memory_block import Inputs, MemoryBlock
 
 A_FLOOR = 1e-4
 ROTARY_BASE = 10000.0

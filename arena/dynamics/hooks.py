@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from arena.blocks.attention import Attention
 from arena.blocks.base import Block, State
 from arena.blocks.gates import GateValues
-from arena.blocks.matrix import Inputs, MemoryBlock
+from arena.blocks.memory_block import Inputs, MemoryBlock
 from arena.blocks.outer import OutputGate
 from arena.blocks.recurrent import RecurrentBlock
 from arena.dynamics.record import blocks_of

@@ -70,7 +70,7 @@ class Choice:
         return f"{what} {' '.join(limits) or 'all inputs':22} ({self.evidence}{caveat})"
 
 
-CPU_EVIDENCE = "README, Speed on a CPU"
+CPU_EVIDENCE = "docs/speed.md"
 H100 = (9, 0)
 UNTIMED = "torch's path was not timed beside it: that one reads x once a tap, this one once"
 CHOICES = (

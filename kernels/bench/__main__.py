@@ -1,4 +1,4 @@
-"""``python -m kernels.bench``: the README's ratios; ``... operators``: every operator, as JSON."""
+"""``python -m kernels.bench``: the ratios of docs/speed.md; ``... operators``: every operator, as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CPU speed of the operators beside public alternatives, as ratios in one run: the table of the README.
+"""CPU speed of the operators beside public alternatives, as ratios in one run: the table of docs/speed.md.
 
 The two sides of a row take turns, so that other load on the machine meets both, and the medians are compared.
 What is not installed is replaced by our own reference loop, and the table says so.
@@ -142,7 +142,7 @@ def measure(row: Row, repeats: int) -> tuple[float, float]:
 
 
 def table(repeats: int) -> Iterator[str]:
-    """The README's table in Markdown, line by line as it is measured."""
+    """The table of docs/speed.md in Markdown, line by line as it is measured."""
     B, _, H, K = SHAPE
     threads = f"{torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
     yield f"torch {torch.__version__}, {threads}, float32, B {B} H {H} K = V = {K}, forward and backward\n"

@@ -30,7 +30,7 @@ def gated_memory(
         D_t = diag(sign_t exp(log_decay_t))    e_t = erase_t * k_t    z_t = write_t * v_t    (* elementwise)
 
     This is GDN-2 (arXiv 2605.22791, equations 8 to 10); other settings of the gates give KDA, Gated DeltaNet,
-    DeltaNet, GLA, Mamba-2, mLSTM and linear attention (README, "One idea"). A model that updates the memory
+    DeltaNet, GLA, Mamba-2, mLSTM and linear attention (docs/gate-space.md). A model that updates the memory
     several times a token (DeltaProduct, RWKV-7) has that many tokens here; a query of 0 reads 0.
     Differentiable once in everything but ``decay_sign``; safe under ``torch.func.vmap``; a gate that is None
     costs nothing. The state, the sums of log-decays and all products are float32 (float64 for float64

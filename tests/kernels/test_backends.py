@@ -110,6 +110,5 @@ def test_the_table_names_what_there_is_and_its_evidence():
     root = Path(__file__).resolve().parents[2]
     for choice in CHOICES:
         assert choice.operator in OPERATORS and set(choice.backends) <= set(NAMES)
-        if not choice.evidence.startswith("README"):
-            assert (root / choice.evidence).is_file(), choice
+        assert (root / choice.evidence).is_file(), choice
         assert choice.device in str(choice) and choice.evidence in str(choice)

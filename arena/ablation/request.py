@@ -173,9 +173,10 @@ def _check_gate_space(arch: str, axes: set[str]) -> None:
     gates = sorted(axes - {"conv", "output_gate"})
     if gates and arch in block_names() and "gates" not in block_options(arch):
         options = ", ".join(sorted(set(block_options(arch)) - {"output_gate"}))
+        free = "conv and output_gate" if "output_gate" in block_options(arch) else "conv alone"
         raise ExperimentError(
-            f"{arch!r} has gates of its own, so that {', '.join(gates)} can't be an axis; conv and "
-            f"output_gate can, and arms with its options ({options}) are written as [arms.NAME]"
+            f"{arch!r} has gates of its own, so that {', '.join(gates)} can't be an axis; {free} "
+            f"can, and arms with its options ({options}) are written as [arms.NAME]"
         )
 
 

@@ -190,6 +190,10 @@ def test_the_gates_of_the_file_are_the_base():
             dict(arch="mamba3", erase=["none"]),
             "'mamba3' has gates of its own, so that erase can't be an axis",
         ),
+        (
+            dict(arch="rwkv7", erase=["none"]),
+            "'rwkv7' has gates of its own, so that erase can't be an axis; conv alone can,",
+        ),
         (dict(arch="gdn+kda", model={"n_layers": 2}, erase=["none"]), "'gdn+kda' has several memories"),
         (dict(tasks=["parity", "mqar"], conv=["gate"]), "conv differs between the tasks of ablation"),
         (dict(arch="gdn9", erase=["none"]), "unknown architecture 'gdn9'"),

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arena.grid.cache import FROM_RUNS
 from arena.grid.environment import foreign_kernels
 from arena.grid.executors import Event, Executor, Slots, Work, make_executor
 from arena.grid.experiment import Experiment, ExperimentError
 from arena.grid.plan import Fleet, Run, plan_fleets, plan_runs, split_fleet
+from arena.grid.results import cache_results
 from arena.grid.store import Store
 from arena.grid.toml import to_toml
 from arena.plugins import explicit, load
@@ -195,6 +197,10 @@ def take(event: Event, store: Store, queue: deque[Fleet], finished: set[str], re
         assert event.results is not None
         store.commit(fleet, event.results)
         finished.update(event.results)
+        if len(store.new) >= FROM_RUNS:
+            noted = cache_results(store.directory, store.new)
+            store.note_checked(noted)
+            store.new = [run_id for run_id in store.new if run_id not in noted]
     elif event.kind == "memory" and len(fleet.runs) > 1:
         pieces, passed = split_fleet(fleet, event.fits)
         for known in (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
 from arena.grid.experiment import Experiment, TaskSection, one_line
@@ -50,10 +51,14 @@ class Run:
     group: str = field(init=False)
     """Hash of all of ``config`` but ``replica``: runs of one group can train together."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "id", digest(self.config))
-        shared = {key: value for key, value in self.config.items() if key != "replica"}
-        object.__setattr__(self, "group", digest(shared))
+    known: InitVar[Mapping[str, str] | None] = None
+    """Canonical JSON of parts of ``config``, where it is at hand: the same for very many runs."""
+
+    def __post_init__(self, known: Mapping[str, str] | None) -> None:
+        known = known or {}
+        texts = {key: known.get(key) or canonical(value) for key, value in self.config.items()}
+        object.__setattr__(self, "id", _digest_of(texts))
+        object.__setattr__(self, "group", _digest_of({k: v for k, v in texts.items() if k != "replica"}))
 
     @property
     def planned_tokens(self) -> float:
@@ -108,6 +113,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:ID_LENGTH]
 
 
+def _digest_of(texts: Mapping[str, str]) -> str:
+    """:func:`digest` of a mapping whose values are canonical JSON already."""
+    text = ",".join(f"{canonical(key)}:{texts[key]}" for key in sorted(texts))
+    return hashlib.sha256(f"{{{text}}}".encode()).hexdigest()[:ID_LENGTH]
+
+
 def result_versions(task: Any, blocks: Sequence[str] = ()) -> dict[str, Any]:
     """The hand-bumped result version of each part; a part raises its own when its results change.
 
@@ -157,10 +168,18 @@ class Setting:
         """
         from arena.training import Replica
 
-        shared = {**self.shared, "train": {**self.shared["train"], **_plain(changes.pop("train", {}))}}
-        replica = _plain(asdict(Replica(**{**self.replica, **point, "seed": seed})))
-        config = {**shared, "replica": replica}
-        return Run(experiment=self.experiment, arm=self.arm, trial=trial, config=config, **changes)
+        known, shared = self._texts, dict(self.shared)
+        if train := changes.pop("train", {}):
+            shared["train"] = {**shared["train"], **_plain(train)}
+            known = {key: text for key, text in known.items() if key != "train"}
+        shared["replica"] = _plain(asdict(Replica(**{**self.replica, **point, "seed": seed})))
+        return Run(
+            experiment=self.experiment, arm=self.arm, trial=trial, config=shared, known=known, **changes
+        )
+
+    @functools.cached_property
+    def _texts(self) -> dict[str, str]:
+        return {key: canonical(value) for key, value in self.shared.items()}
 
 
 def plan_settings(experiment: Experiment, *, device: str = "cpu") -> list[Setting]:
@@ -189,6 +208,7 @@ def plan_settings(experiment: Experiment, *, device: str = "cpu") -> list[Settin
     replica: dict[str, Any] = {key: section.pop(key) for key in ("warmup", "beta2", "clip") if key in section}
     settings: list[Setting] = []
     seen: set[tuple[str, str]] = set()
+    tried: dict[str, str] = {}
     for entry in experiment.tasks:
         task = _task(entry)
         key = task.name, canonical(_plain(task.params))
@@ -210,7 +230,7 @@ def plan_settings(experiment: Experiment, *, device: str = "cpu") -> list[Settin
             raise ExperimentError(f"task {entry.name!r}: {one_line(error)}") from None
         same: dict[str, str] = {}
         for arm in experiment.archs:
-            model, backend = _model(experiment, arm, entry, task, device)
+            model, backend = _model(experiment, arm, entry, task, device, tried)
             blocks = parse_arch(model["arch"], model["n_layers"])  # gdn2+swa is gdn2+swa[1:1]
             twin = same.setdefault(canonical(_plain({**model, "arch": blocks})), arm)
             if twin != arm:
@@ -373,9 +393,13 @@ def model_fields(experiment: Experiment, arm: str, entry: TaskSection) -> dict[s
 
 
 def _model(
-    experiment: Experiment, arm: str, entry: TaskSection, task: Any, device: str
+    experiment: Experiment, arm: str, entry: TaskSection, task: Any, device: str, tried: dict[str, str]
 ) -> tuple[dict[str, Any], str]:
-    """The resolved model, and the backends that it runs on: one token goes through it to see."""
+    """The resolved model, and the backends that it runs on: two tokens go through it to see.
+
+    Models that differ in the sizes of vocabulary and head alone are tried out once: no block knows those, and
+    what is equal for ``ttt_e2e`` is told apart. ``tried`` remembers the backends.
+    """
     import torch
 
     from arena.grid.environment import memory_bytes
@@ -396,18 +420,21 @@ def _model(
         least = 4 * config.d_model * (config.n_layers * config.d_model + config.vocab_size + config.n_classes)
         if least > memory_bytes():
             raise ValueError(f"its weights need over {least / 1e9:.3g} GB, more than this machine has")
-        model = build_model(config, seed=0).to(device)
-        shape = (1, 2) if config.tokens_per_position == 1 else (1, 2, config.tokens_per_position)
-        with recording() as used, torch.no_grad():
-            model(torch.zeros(shape, dtype=torch.int64, device=device))
+        sizes = {"vocab_size": config.vocab_size == config.n_classes, "n_classes": None}
+        key = canonical(_plain({**asdict(config), **sizes}))
+        if key not in tried:
+            model = build_model(config, seed=0).to(device)
+            shape = (1, 2) if config.tokens_per_position == 1 else (1, 2, config.tokens_per_position)
+            with recording() as used, torch.no_grad():
+                model(torch.zeros(shape, dtype=torch.int64, device=device))
+            tried[key] = " ".join(f"{operator}={name}" for operator, name in sorted(used.items())) or "torch"
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # RuntimeError: sizes; torch's memory
         text, what = one_line(error), "architecture" if arm == arch else "arm"
         raise ExperimentError(text if repr(arm) in text else f"{what} {arm!r}: {text}") from None
-    backend = " ".join(f"{operator}={name}" for operator, name in sorted(used.items())) or "torch"
     # what the model would fill in; at 2 layers it is what a block does alone: ids from before it stay
     implied = stack_options(config) if config.n_layers != 2 else {}
     fields = {**asdict(config), "options": {**implied, **config.options}}
     for name in LATER_FIELDS:
         if fields[name] == getattr(ModelConfig, name):
             del fields[name]
-    return fields, backend
+    return fields, tried[key]

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from arena.grid.plan import canonical
+from arena.grid.plan import canonical, digest
+from arena.grid.rows import in_order, keep_rows, stored_rows
 from arena.grid.store import CHECKSUMS, StoreError, read_plan, read_record
 from arena.grid.untrusted import check_size, is_id, link_in, parse_frame, parse_object, read_own
 
@@ -117,38 +119,66 @@ def load_results(directory: str | Path, *, all_requests: bool = False) -> pl.Dat
     Raises:
         StoreError: the folder does not exist or holds no results.
     """
-    frame = _load(Path(directory), "rows.parquet", ROW_SCHEMA, all_requests)
-    failed = _failures(Path(directory), set(frame["run_id"]), all_requests)
+    directory = Path(directory)
+    plan, names = _stored(directory, all_requests)
+    frame = stored_rows(directory, names, ROW_SCHEMA, _row_reader(directory))
+    frame = _as_asked(frame, plan, ROW_SCHEMA)
+    failed = _failures(directory, set(frame["run_id"].unique()), None if all_requests else plan)
     if failed:
         frame = pl.concat([frame, pl.DataFrame(failed, schema=ROW_SCHEMA)])
-    return frame.sort(
-        "task",
-        "task_params",
-        "arm",
-        "trial",
-        "seed",
-        "run_id",
-        "split",
-        "eval_length",
-        "metric",
-        nulls_last=True,
-    )
+    return in_order(frame, ["task", "task_params", "arm", "trial", "seed", "run_id"])
+
+
+def cache_results(directory: str | Path, run_ids: Iterable[str]) -> set[str]:
+    """Note the rows of runs in ``DIR/cache``, so that :func:`load_results` need not open their folders.
+
+    Returns:
+        Those that were noted; files that have just been written wait.
+    """
+    return keep_rows(Path(directory), run_ids, ROW_SCHEMA, _row_reader(Path(directory)))
 
 
 def load_curves(directory: str | Path, *, all_requests: bool = False) -> pl.DataFrame:
     """The learning curves of a folder: columns as in :data:`CURVE_SCHEMA`; otherwise as
     :func:`load_results`.
     """
-    frame = _load(Path(directory), "curve.parquet", CURVE_SCHEMA, all_requests)
-    return frame.sort(
+    directory = Path(directory)
+    plan, names = _stored(directory, all_requests)
+    found = _read_runs(
+        directory, names, "curve.parquet", lambda data, run_id: parse_frame(data, run_id, CURVE_SCHEMA)
+    )
+    frames = [frame for _, frame in found]
+    frame = pl.concat(frames) if frames else pl.DataFrame(schema=dict(CURVE_SCHEMA))
+    return _as_asked(frame, plan, CURVE_SCHEMA).sort(
         "task", "task_params", "arm", "trial", "seed", "run_id", "step", "split", "eval_length", "metric"
     )
 
 
-def load_environments(directory: str | Path) -> dict[str, dict[str, Any]]:
-    """Run id -> the environment that it was trained in, for the runs of the last request."""
-    read = _read_runs(Path(directory), "environment.json", False, lambda data, _: parse_object(data))
-    return dict(read)
+def load_environments(directory: str | Path, rows: pl.DataFrame | None = None) -> dict[str, dict[str, Any]]:
+    """Run id -> the environment that it was trained in, for the runs of the last request.
+
+    Args:
+        directory: a result folder.
+        rows: as :func:`load_results` gives them, where they are at hand: column ``environment`` is a digest
+            of the environment, so one run of each digest is read and stands for the others.
+    """
+    directory = Path(directory)
+    _, names = _stored(directory, False)
+    same: dict[str, str] = {}
+    if rows is not None:
+        same = dict(rows.select("run_id", "environment").drop_nulls().unique("run_id").iter_rows())
+    found: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
+    for name in names:
+        of = same.get(name)
+        if of is not None and of in known:
+            found[name] = known[of]
+            continue
+        for _, around in _read_runs(directory, [name], "environment.json", _object):
+            found[name] = around
+            if of is not None and digest(around) == of:
+                known[of] = around
+    return found
 
 
 def load_model(directory: str | Path, run_id: str) -> Any:
@@ -183,38 +213,56 @@ def load_model(directory: str | Path, run_id: str) -> Any:
     return model.eval()
 
 
-def _load(directory: Path, name: str, schema: Mapping[str, Any], all_requests: bool) -> pl.DataFrame:
-    plan = read_plan(directory) if directory.is_dir() else None
-    frames = []
-    for run_id, frame in _read_runs(
-        directory, name, all_requests, lambda data, run_id: parse_frame(data, run_id, schema)
-    ):
-        if plan is not None and run_id in plan["runs"]:  # what the run is to the present request
-            notes = plan["runs"][run_id]
-            frame = frame.with_columns(
-                pl.lit(notes.get(name), dtype=schema[name]).alias(name) for name in _NOTES
-            )
-        frame = frame.with_columns(pl.col("arm").fill_null(pl.col("arch")), pl.col("stage").fill_null("grid"))
-        frames.append(frame)
-    return pl.concat(frames) if frames else pl.DataFrame(schema=dict(schema))
-
-
-def _read_runs(
-    directory: Path, name: str, all_requests: bool, parse: Callable[[bytes, str], Any]
-) -> list[tuple[str, Any]]:
-    """(run id, parsed file) of every run; one with a damaged file is left out with a warning."""
+def _stored(directory: Path, all_requests: bool) -> tuple[dict[str, Any] | None, list[str]]:
+    """The plan, and the ids of the runs with a folder: of the last request, or all."""
     link = link_in(directory)
     if link is not None:
         raise StoreError(f"{link} is a link: a result folder holds its own files")
     if not (directory / "runs").is_dir():
         raise StoreError(f"{directory} is not a result folder (it has no runs/); arena grid makes one")
-    plan = None if all_requests else read_plan(directory)
-    if plan is None:
-        names = sorted(
-            folder.name for folder in (directory / "runs").iterdir() if folder.is_dir() and is_id(folder.name)
+    with os.scandir(directory / "runs") as entries:
+        there = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+    plan = read_plan(directory)
+    if all_requests or plan is None:
+        return plan, sorted(filter(is_id, there))
+    return plan, sorted(there & plan["runs"].keys())
+
+
+def _as_asked(frame: pl.DataFrame, plan: dict[str, Any] | None, schema: Mapping[str, Any]) -> pl.DataFrame:
+    """Rows with what each run is to the present request."""
+    if plan is not None and plan["runs"]:
+        notes = plan["runs"]
+        columns = {name: [note.get(name) for note in notes.values()] for name in _NOTES}
+        asked = pl.DataFrame(
+            {
+                "run_id": list(notes),
+                "asked": True,
+                **{f"{name} asked": pl.Series(of, dtype=schema[name]) for name, of in columns.items()},
+            }
         )
-    else:
-        names = [run_id for run_id in sorted(plan["runs"]) if (directory / "runs" / run_id).is_dir()]
+        frame = frame.join(asked, on="run_id", how="left", maintain_order="left").select(
+            pl.when("asked").then(f"{name} asked").otherwise(name).alias(name) if name in _NOTES else name
+            for name in schema
+        )
+    return frame.with_columns(pl.col("arm").fill_null(pl.col("arch")), pl.col("stage").fill_null("grid"))
+
+
+def _row_reader(directory: Path) -> Callable[[str], pl.DataFrame]:
+    def read(run_id: str) -> pl.DataFrame:
+        folder = directory / "runs" / run_id
+        return _parsed(folder, "rows.parquet", lambda data, name: parse_frame(data, name, ROW_SCHEMA))
+
+    return read
+
+
+def _object(data: bytes, _: str) -> dict[str, Any]:
+    return parse_object(data)
+
+
+def _read_runs(
+    directory: Path, names: Iterable[str], name: str, parse: Callable[[bytes, str], Any]
+) -> list[tuple[str, Any]]:
+    """(run id, parsed file) of runs; one with a damaged file is left out with a warning."""
     found = []
     for run_id in names:
         try:
@@ -244,8 +292,7 @@ def _read(folder: Path, name: str) -> bytes:
     return data
 
 
-def _failures(directory: Path, finished: set[str], all_requests: bool) -> list[dict[str, Any]]:
-    plan = None if all_requests else read_plan(directory)
+def _failures(directory: Path, finished: set[str], plan: dict[str, Any] | None) -> list[dict[str, Any]]:
     rows = []
     for path in sorted((directory / "failures").glob("*.json")):
         run_id = path.name.removesuffix(".json")

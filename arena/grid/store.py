@@ -9,6 +9,7 @@
     DIR/events.jsonl           what happened to fleets beside being trained: halved, retried, failed
     DIR/staging/               results on their way; emptied at the next start
     DIR/damaged/               folders that failed their checksums, set aside
+    DIR/cache/                 of very many runs: what need not be read again (see ``arena.grid.cache``)
 
 Only one process writes (or several that share the folder, in turns), under a lock that the system drops when
 that process dies. A fleet's result is written to ``staging/<fleet id>.partial``, flushed to disk and renamed
@@ -29,11 +30,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
+from arena.grid.cache import FROM_RUNS, MOST_FILES, cache_files, read_cache, stamps, unchanged, write_cache
 from arena.grid.plan import Fleet, Run
 from arena.grid.untrusted import check_plan, is_id, link_in, open_own, read_own
 
 RUN_FILES = ("config.json", "environment.json", "rows.parquet", "curve.parquet", "model.safetensors")
 CHECKSUMS = "checksums.json"
+_CHECKED = (*RUN_FILES, CHECKSUMS)
 
 
 class StoreError(RuntimeError):
@@ -62,6 +67,8 @@ class Store:
         self.fleets = self.directory / "fleets"
         self.failures = self.directory / "failures"
         self.damaged = self.directory / "damaged"
+        self.new: list[str] = []
+        """Runs stored since :meth:`note_checked` was told of them."""
         self._lock: int | None = None
 
     def __enter__(self) -> Store:
@@ -133,15 +140,23 @@ class Store:
             os.rename(partial, whole)
             _flush_folder(self.staging)
             self._move_in(whole)
+        self.new += results
 
     def finished(self, run_ids: Iterable[str]) -> set[str]:
         """Those of ``run_ids`` that have a result. One whose checksums fail is set aside, and counts as
         missing.
+
+        Of very many runs, those whose checksums held before and whose files have the same sizes and times
+        still are not read again.
         """
-        found = set()
-        for run_id in run_ids:
+        there = set(os.listdir(self.runs))
+        wanted = [run_id for run_id in run_ids if run_id in there]
+        stamped = stamps(self.runs, wanted, _CHECKED) if len(wanted) >= FROM_RUNS else {}
+        found, files = self._checked(stamped)
+        before = len(found)
+        for run_id in wanted:
             folder = self.runs / run_id
-            if not folder.is_dir():
+            if run_id in found or not folder.is_dir():
                 continue
             problem = damage(folder)
             if problem is None:
@@ -150,7 +165,29 @@ class Store:
                 with self.turn():
                     if folder.is_dir() and damage(folder) is not None:  # another process may have been faster
                         self._set_aside(folder, problem)
+        if len(found) - before >= FROM_RUNS or len(files) > MOST_FILES:
+            self._note(found, stamped, files)
         return found
+
+    def note_checked(self, run_ids: Iterable[str]) -> None:
+        """Check runs, so that :meth:`finished` need not do it at the next start."""
+        stamped = stamps(self.runs, run_ids, _CHECKED)
+        self._note((run_id for run_id in stamped if damage(self.runs / run_id) is None), stamped, [])
+
+    def _checked(self, stamped: dict[str, bytes]) -> tuple[set[str], list[Path]]:
+        """Which runs the cache knows to be whole, and its files."""
+        found, files = set[str](), cache_files(self.directory, "checked") if stamped else []
+        for path in files:
+            tables = read_cache(path, "checked")
+            if tables is not None:
+                unchanged(tables[0], stamped, found)
+        return found, files
+
+    def _note(self, run_ids: Iterable[str], stamped: dict[str, bytes], instead_of: Iterable[Path]) -> None:
+        known = [run_id for run_id in run_ids if run_id in stamped]
+        table = {"run_id": known, "stamp": [stamped[run_id] for run_id in known]}
+        if known:
+            write_cache(self.directory, "checked", "checked", [pl.DataFrame(table)], instead_of)
 
     def record_fleet(self, fleet: Fleet) -> None:
         """Remember who trains together, so that it stays so."""
@@ -212,8 +249,8 @@ class Store:
         plan = {"experiment": name, "runs": {run.id: run.notes for run in runs}}
         with self._writing(), self.turn():
             write_whole(self.directory / "experiment.toml", text.encode())
-            write_whole(self.directory / "plan.json", json.dumps(plan, indent=0).encode())
-        return sum(1 for folder in self.runs.iterdir() if folder.name not in plan["runs"])
+            write_whole(self.directory / "plan.json", json.dumps(plan).encode())
+        return sum(1 for run_id in os.listdir(self.runs) if run_id not in plan["runs"])
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:

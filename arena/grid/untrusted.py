@@ -24,7 +24,9 @@ _REQUIRED = (
     "run_id", "arch", "arm", "model_params", "task", "task_params", "seed", "split", "eval_length", "metric",
     "status",
 )  # fmt: skip
-_HELD = ("runs", "staging", "fleets", "failures", "damaged", "tuning", "ablation", "report", "dynamics")
+_HELD = (
+    "runs", "staging", "fleets", "failures", "damaged", "tuning", "ablation", "report", "dynamics", "cache",
+)  # fmt: skip
 
 
 def is_id(text: Any) -> bool:

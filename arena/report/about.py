@@ -13,6 +13,8 @@ import polars as pl
 from arena.report.document import Section
 from arena.report.tables import environment_facts
 
+LISTED_RUNS = 1000
+"""Failed and diverged runs in the report, failed ones first."""
 _MOST_VALUES = 6  # of one fact, in a cell
 
 
@@ -66,11 +68,14 @@ def unfinished_section(runs: pl.DataFrame, planned: int | None) -> Section:
     if wrong.is_empty():
         lines.append("No run that has ended failed or diverged.")
         return Section(heading=heading, lines=lines, quiet=True)
+    if wrong.height > LISTED_RUNS:
+        lines.append(f"LEFT OUT: {LISTED_RUNS} of {wrong.height:,} such runs are listed; runs.csv has all.")
     rows = [
         [arm, task, stage, str(seed), f"{lr:.3g}", f"{decay:.3g}", status, reason or "", run_id]
         for arm, task, stage, seed, lr, decay, status, reason, run_id in wrong.sort(
             "status", "task", "arm", "stage", "lr", "seed", descending=[True, *[False] * 5]
         )
+        .head(LISTED_RUNS)
         .select("arm", "task", "stage", "seed", "lr", "weight_decay", "status", "reason", "run_id")
         .iter_rows()
     ]

@@ -51,7 +51,7 @@ def make_report(
     plan = read_plan(directory)
     planned = len(plan["runs"]) if plan is not None else None
     request = read_request(directory)
-    environments = load_environments(directory)
+    environments = load_environments(directory, rows)
     title = str(request.get("title") or request.get("name") or "Results")
     notes = _notes(rows, planned)
     notes += [f"MIXED {line}" for line in mixtures(rows, environments)]

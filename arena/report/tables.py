@@ -261,7 +261,7 @@ def mixtures(rows: pl.DataFrame, environments: Mapping[str, Mapping[str, Any]]) 
 def environment_facts(environments: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
     """What the environments of runs say, by name (``packages torch``, ``commit``): the values that occur."""
     facts: dict[str, set[str]] = {}
-    for around in environments.values():
+    for around in {id(around): around for around in environments.values()}.values():  # many runs share one
         for key, value in around.items():
             inner = value if isinstance(value, dict) else {"": value}
             entries = {f"{key} {part}".strip(): entry for part, entry in inner.items()}

@@ -194,8 +194,8 @@ class Crew:
 
     def _open(self, fleet: Fleet) -> bool:
         """Whether something of a fleet is still to be trained by someone."""
-        ended = self.finished | self.elsewhere
-        return any(run.id not in ended and run.id not in self.report.failed for run in fleet.runs)
+        ended = self.finished, self.elsewhere, self.report.failed
+        return any(not any(run.id in group for group in ended) for run in fleet.runs)
 
     def _own(self, fleet: Fleet, trials: Trials) -> bool:
         """Set the trials of a claimed fleet running; False where a living process has one of them."""

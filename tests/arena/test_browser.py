@@ -127,7 +127,7 @@ def pages(tmp_path_factory):
             patch.setattr("arena.report.evidence.load_results", lambda directory, rows=rows, **_: rows)
             patch.setattr("arena.report.evidence.load_curves", lambda directory: pl.DataFrame())
             patch.setattr("arena.report.evidence.halving_table", lambda *_: pl.DataFrame())
-            patch.setattr(render, "load_environments", lambda directory: {"a": {"commit": "c" * 40}})
+            patch.setattr(render, "load_environments", lambda directory, _: {"a": {"commit": "c" * 40}})
             found[name] = render.make_report(
                 folder,
                 after=[Section(heading="H", listing=("a file", "x" * 400), commands=["arena " + "y" * 300])],

@@ -261,7 +261,7 @@ def report(tmp_path, monkeypatch):
     def make(rows, pilots=None, metric="accuracy", seen=None, ledger=None):
         everything = rows if pilots is None else pl.concat([rows, pilots])
         monkeypatch.setattr(render, "load_results", lambda directory: rows)
-        monkeypatch.setattr(render, "load_environments", lambda directory: {})
+        monkeypatch.setattr(render, "load_environments", lambda directory, _: {})
         monkeypatch.setattr(evidence, "load_results", lambda directory, all_requests: everything)
         empty = pl.DataFrame(schema=CURVE_SCHEMA)
         monkeypatch.setattr(evidence, "load_curves", lambda directory: empty if seen is None else seen)

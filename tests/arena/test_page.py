@@ -39,7 +39,7 @@ def reported(tmp_path, monkeypatch):
 
     def make(rows: pl.DataFrame, file: str = "", environments=None, **sections) -> tuple[str, str]:
         monkeypatch.setattr(render, "load_results", lambda directory: rows)
-        monkeypatch.setattr(render, "load_environments", lambda directory: environments or {})
+        monkeypatch.setattr(render, "load_environments", lambda directory, _: environments or {})
         (tmp_path / "experiment.toml").write_text(file, encoding="utf-8")
         written = render.make_report(tmp_path, **sections)
         assert written[0] == tmp_path / "report" / "page.html" and all(path.exists() for path in written)

@@ -250,7 +250,7 @@ def test_a_task_whose_runs_all_failed_does_not_stop_the_report(tmp_path, monkeyp
         },
     )
     monkeypatch.setattr(render, "load_results", lambda directory: rows)
-    monkeypatch.setattr(render, "load_environments", lambda directory: {})
+    monkeypatch.setattr(render, "load_environments", lambda *_: {})
     make_report(tmp_path)
     markdown = (tmp_path / "report" / "report.md").read_text()
     assert "## parity" in markdown and "## s3" not in markdown
@@ -280,7 +280,7 @@ def test_a_report_tells_what_is_missing_failed_and_diverged(tmp_path, monkeypatc
         'title = "The [bold] title"\nclaim = "A claim"\n[[tasks]]\nname="s3"\n[[tasks]]\nname="parity"\n'
     )
     monkeypatch.setattr(render, "load_results", lambda directory: rows)
-    monkeypatch.setattr(render, "load_environments", lambda directory: {})
+    monkeypatch.setattr(render, "load_environments", lambda *_: {})
     monkeypatch.setattr(
         render, "read_plan", lambda directory: {"experiment": "e", "runs": dict.fromkeys(range(15))}
     )

@@ -37,75 +37,21 @@ from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from arena.blocks.attention import Attention
 from arena.blocks.base import State, memory_dtype
-from arena.blocks.outer import RMSNorm
 from arena.blocks.registry import check_options
 from arena.blocks.ttt_e2e import TTTOptions
 from arena.inner_loop import inner_step, with_loss
 from arena.layer import Layer
 from arena.memory import state_bytes
-from arena.mlp import GatedMLP
 from arena.model import Model, ModelConfig, hidden_width
+from arena.ttt_layer import Fast, Tail, TTTLayer
 
-Fast = tuple[Tensor, ...]
-"""Updated weights, two of each updated layer: gate_up [B,2F,D] and down [B,D,F]."""
 _FAST = ("gate_up", "down")
 UPDATE_FIELDS = ("update_token", "update_norm", "update_drift", "inner_loss_before", "inner_loss_after")
 """Fields of the trace of an updated layer."""
-
-
-class TTTLayer(nn.Module):
-    """x + attention, [+ updated MLP], + MLP; every branch behind a norm, and before one where ``post``."""
-
-    def __init__(self, layer: Layer, *, post: bool, updated: bool) -> None:
-        super().__init__()
-        width = layer.block.d_model
-        assert isinstance(layer.mlp, GatedMLP) and layer.mlp_norm is not None
-        self.norm, self.block = layer.norm, cast(Attention, layer.block)
-        self.mlp_norm, self.mlp = layer.mlp_norm, layer.mlp
-        self.post_norm = RMSNorm(width) if post else None
-        self.mlp_post_norm = RMSNorm(width) if post else None
-        if updated:
-            self.fast_norm, self.fast_post_norm = RMSNorm(width), RMSNorm(width)
-            self.fast = GatedMLP(width, layer.mlp.down.in_features, gelu=False)
-        self.updated = updated
-
-    def forward(self, x: Tensor, state: State | None, fast: Fast | None = None) -> tuple[Tensor, State]:
-        """Map x [B,T,D]; ``fast`` are the weights of this layer's updated MLP, None: those it starts from."""
-        y, state = self.block(self.norm(x), state)
-        x = x + (y if self.post_norm is None else self.post_norm(y))
-        if self.updated:
-            into = self.fast_norm(x)
-            x = x + self.fast_post_norm(self.fast(into) if fast is None else _gated_mlp(into, *fast))
-        y = self.mlp(self.mlp_norm(x))
-        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), state
-
-
-def _gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """:class:`~arena.model.GatedMLP` with weights of each sequence's own."""
-    gate, up = (x @ gate_up.mT.to(x.dtype)).chunk(2, -1)
-    return (F.silu(gate) * up) @ down.mT.to(x.dtype)
-
-
-class _Tail(nn.Module):
-    """The updated layers and the norm after them; a view of a model's parts, made for a call."""
-
-    def __init__(self, layers: list[TTTLayer], norm: RMSNorm) -> None:
-        super().__init__()
-        self.layers, self.norm = nn.ModuleList(layers), norm
-
-    def forward(self, x: Tensor, states: list[State], fast: Fast | None) -> tuple[Tensor, list[State]]:
-        after = []
-        for index, layer in enumerate(self.layers):
-            own = None if fast is None else fast[2 * index : 2 * index + 2]
-            x, state = layer(x, states[index], own)
-            after.append(state)
-        return self.norm(x), after
 
 
 class _Read(NamedTuple):
@@ -314,8 +260,8 @@ class TTTModel(Model):
     def _tail(self, x: Tensor, states: list[State], fast: Fast | None) -> tuple[Tensor, list[State]]:
         return self._tail_module()(x, states, fast)
 
-    def _tail_module(self) -> _Tail:
-        return _Tail(self._stack[-self.n_tail :], self.norm)
+    def _tail_module(self) -> Tail:
+        return Tail(self._stack[-self.n_tail :], self.norm)
 
     def _begin(self, batch_size: int) -> list[State]:
         """As :meth:`initial_state`, the learnt weights themselves in it, so that gradients reach them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -12,6 +12,8 @@ from arena.claims.file import SIZES, Claim, claim_names, load_claim
 from arena.claims.judge import Judged, judge
 from arena.claims.record import FOLDER, Record, load_record
 from arena.constructions import CONSTRUCTIONS, Measured
+from arena.grid.experiment import Experiment
+from arena.tuning.space import make_space
 
 COLUMNS = ("statement", "published", "ours", "verdict")
 
@@ -156,18 +158,18 @@ def _by_length(claim: Claim, size: str, record: Record) -> Iterator[str]:
         lengths = sorted(part["eval_length"].unique())
         medians = part.group_by("arm", "eval_length").agg(pl.col("score").median())
         found = {(arm, length): score for arm, length, score in medians.iter_rows()}
+        rate = _rates(claim.experiments[size])
         costs = part.group_by("arm").agg(
             pl.col("lr").first(), pl.col("params").first(), pl.col("state_bytes").max()
         )
-        about = {
-            arm: (f"{lr:.2g}", f"{count:,}", f"{state:,}") for arm, lr, count, state in costs.iter_rows()
-        }
+        about = {arm: (rate(lr), f"{count:,}", f"{state:,}") for arm, lr, count, state in costs.iter_rows()}
         rows = [
             (arm, *(f"{found[arm, length]:.2f}" for length in lengths), *about[arm])
             for arm in claim.experiments[size].archs
         ]
         yield (
-            f"Medians of the scores on {task} {params}, the tuned learning rate, and what each may spend "
+            f"Medians of the scores on {task} {params}, the tuned learning rate (where it is the lowest or "
+            "the highest that was tried, a better one may lie beyond), and what each may spend "
             f"(bytes of the state of one sequence of length {lengths[-1]}):"
         )
         columns = (
@@ -178,6 +180,18 @@ def _by_length(claim: Claim, size: str, record: Record) -> Iterator[str]:
             "state bytes",
         )
         yield _table(columns, rows)
+
+
+def _rates(experiment: Experiment) -> Callable[[float], str]:
+    """A tuned rate in words, with a remark where it is the lowest or the highest that was tried."""
+    section = experiment.tuning
+    assert section is not None
+    tried = [point.shared.get("lr") for point in make_space(experiment, section).search_points()]
+    rates = [rate for rate in tried if rate is not None]
+    if section.extension_points or len(set(rates)) < 2:  # others may have been tried
+        return lambda lr: f"{lr:.2g}"
+    ends = {min(rates): " (lowest tried)", max(rates): " (highest tried)"}
+    return lambda lr: f"{lr:.2g}{ends.get(lr, '')}"
 
 
 def _origin(origin: Mapping[str, Any]) -> str:

@@ -234,13 +234,34 @@ def _chosen(winners: pl.DataFrame, scaled: pl.DataFrame, context: Context) -> Se
     heads = [name.replace("_", " ") for name in names]
     tops = scaled.filter(pl.col("stage").is_in(TUNED)).group_by(INDEX).agg(pl.col("score").max())
     idle = [" on ".join(context.heads(row)) for row in context.ordered(tops) if row["score"] < LEARNED]
+    lines = [f"NOT LEARNED, no point above chance on valid: {', '.join(idle)}."] if idle else []
     return Section(
         heading="Chosen points",
-        lines=[f"NOT LEARNED, no point above chance on valid: {', '.join(idle)}."] if idle else [],
+        lines=lines + _at_the_end(winners, scaled, context),
         columns=["architecture", "task", *heads, "own", "score on valid", "of n"],
         rows=rows,
         caption=_CHOSEN,
     )
+
+
+def _at_the_end(winners: pl.DataFrame, tried: pl.DataFrame, context: Context) -> list[str]:
+    """A line about the winners whose learning rate is the lowest or highest that was tried, if any is."""
+    ends = (
+        tried.filter(pl.col("stage").is_in(TUNED))
+        .group_by(INDEX)
+        .agg(pl.col("lr").min().alias("lowest"), pl.col("lr").max().alias("highest"))
+    )
+    found = [
+        f"{' on '.join(context.heads(row))} ({end})"
+        for row in context.ordered(winners.join(ends, on=INDEX))
+        for end in ("lowest", "highest")
+        if row["lr"] == row[end] and row["lowest"] < row["highest"]
+    ]
+    if not found:
+        return []
+    return [
+        f"AT THE END of the learning rates tried, so that a better one may lie beyond: {', '.join(found)}."
+    ]
 
 
 def _pruning(

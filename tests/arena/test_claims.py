@@ -309,6 +309,7 @@ def told_in_the_page(found, directory):
         (section,) = report.claim_sections(directory)
         assert section.heading.startswith(f"Claim {found.section.number} at size cpu: ")
         assert len(section.rows) == len(found.lines) and section.commands == ["arena reproduce small"]
+        assert "chance-scaled" in section.caption and "needs n seeds" in section.caption
         other = claim(SOLVES, FAILS, ABOVE, NARROWER, change=lambda data: data.update(title="another"))
         patch.setattr(report, "load_claim", lambda name: other)
         assert report.claim_sections(directory) == []

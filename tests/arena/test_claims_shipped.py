@@ -10,11 +10,12 @@ import pytest
 
 from arena.claims import SIZES, claim_names, load_claim, load_record
 from arena.claims.file import families
-from arena.claims.page import page
+from arena.claims.page import _rates, page
 from arena.claims.scores import SCORE_SCHEMA
 from arena.grid.experiment import load_experiment
 from arena.statistics import claim_seeds
 from arena.tuning.prepare import check
+from arena.tuning.space import make_space
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +53,18 @@ def test_records_belong_to_their_claims():
                 assert list(found.table.columns) == list(SCORE_SCHEMA)
                 commits = {around["commit"] for around in found.origin["environments"]}
                 assert commits and not any("+changes" in str(commit) for commit in commits)
+
+
+def test_the_page_says_where_a_tuned_rate_is_at_the_end_of_those_tried():
+    experiments = load_claim("parity").experiments
+    ends = {}
+    for size, experiment in experiments.items():
+        tried = sorted(
+            point.shared["lr"] for point in make_space(experiment, experiment.tuning).search_points()
+        )
+        ends[size] = [_rates(experiment)(rate) for rate in (tried[0], tried[1], tried[-1])]
+    assert ends["cpu"] == ["0.0027 (lowest tried)", "0.0035", "0.025 (highest tried)"]
+    assert not any("tried" in text for text in ends["full"])  # its extension goes beyond them
 
 
 def test_the_page_is_what_the_generator_writes():

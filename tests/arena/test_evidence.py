@@ -383,3 +383,16 @@ def test_what_has_not_been_learned_is_said(report, tmp_path):
     assert "NOT LEARNED, no point above chance on valid: gdn on rebind, gdn on mqar." in text
     assert text.count("| not learned | - |") == 2, "a flat line at chance is no wide window"
     assert '| {"n":2} | 0.500 | 4 |' in text
+
+
+def test_winners_at_the_end_of_the_rates_are_named(report, tmp_path):
+    rows = tuned_rows(tasks=("mqar",), points=5)
+    tried = rows.filter(stage="search").unique(["arm", "trial"]).sort("lr")
+    chosen = [tried.filter(arm="gdn").tail(1), tried.filter(arm="gdn2").slice(2, 1)]
+    winners = pl.concat(chosen).select("task", "task_params", "arm", "trial", "lr")
+    (tmp_path / "tuning").mkdir()
+    winners.with_columns(score=0.5, loss=1.0, options=pl.lit("{}"), n_points=5).write_parquet(
+        tmp_path / "tuning" / "winners.parquet"
+    )
+    text, _, _ = report(rows)
+    assert "tried, so that a better one may lie beyond: gdn on mqar (highest)." in text

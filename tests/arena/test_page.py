@@ -296,3 +296,8 @@ def test_every_figure_is_written_with_its_svg(reported, tmp_path):
     reported(make_rows())
     for path in Path(tmp_path / "report").glob("*.png"):
         assert path.with_suffix(".svg").read_text().count("<svg") == 1
+
+
+def test_tables_of_words_are_not_set_to_the_right_in_markdown():
+    section = Section(heading="S", columns=["a", "b"], rows=[["x", "y"]], text=True)
+    assert "\n|---|---|\n" in to_markdown(Document(title="T", claim="", notes=[], sections=[section]))

@@ -30,7 +30,8 @@ import synthetic_tasks
 from arena.grid.cache import REST
 from arena.grid.environment import cpu_count, environment
 from arena.grid.experiment import Experiment, parse_experiment
-from arena.grid.plan import Fleet, Run, digest, plan_fleets, plan_runs
+from arena.grid.fleets import plan_fleets
+from arena.grid.plan import Fleet, Run, digest, plan_runs
 from arena.grid.results import CURVE_SCHEMA, ROW_SCHEMA, load_results, run_columns
 from arena.grid.store import CHECKSUMS, RUN_FILES, Store
 from arena.grid.toml import to_toml

@@ -5,7 +5,8 @@ from __future__ import annotations
 from arena.grid.driver import GridReport, Pending, run_experiment
 from arena.grid.executors import Event, make_executor
 from arena.grid.experiment import Experiment, ExperimentError, load_experiment, parse_experiment, shipped
-from arena.grid.plan import Fleet, Run, plan_fleets, plan_runs
+from arena.grid.fleets import plan_fleets
+from arena.grid.plan import Fleet, Run, plan_runs
 from arena.grid.results import load_curves, load_environments, load_model, load_results
 from arena.grid.store import Store, StoreError
 

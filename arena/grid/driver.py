@@ -12,7 +12,8 @@ from arena.grid.cache import FROM_RUNS
 from arena.grid.environment import foreign_kernels
 from arena.grid.executors import Event, Executor, Slots, Work, make_executor
 from arena.grid.experiment import Experiment, ExperimentError
-from arena.grid.plan import Fleet, Run, plan_fleets, plan_runs, split_fleet
+from arena.grid.fleets import plan_fleets, split_fleet
+from arena.grid.plan import Fleet, Run, plan_runs
 from arena.grid.results import cache_results
 from arena.grid.store import Store
 from arena.grid.toml import to_toml
@@ -65,7 +66,7 @@ def train_here(
     """
     from arena.grid.worker import train
 
-    return train(fleet, progress)
+    return train(fleet, progress, share=share)
 
 
 def run_experiment(

@@ -9,15 +9,20 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from arena.grid.plan import Fleet, Run, digest
+from arena.grid.plan import Fleet, Run, digest, result_versions
+
+_footprints: dict[str, Any] = {}  # group of runs -> arena.training.Footprint
 
 
-def train(fleet: Fleet, progress: Callable[[int], None]) -> dict[str, dict[str, bytes]]:
-    """Train a fleet.
+def train(
+    fleet: Fleet, progress: Callable[[int], None], *, share: float = 1.0
+) -> dict[str, dict[str, bytes]]:
+    """Train a fleet, if a short probe says that it fits into memory.
 
     Args:
         fleet: runs of one group.
         progress: called with the number of steps done.
+        share: part of the GPU's memory, on the CPU of the machine's, that is the fleet's.
 
     Returns:
         Run id -> file name (``arena.grid.store.RUN_FILES``) -> bytes.
@@ -25,6 +30,7 @@ def train(fleet: Fleet, progress: Callable[[int], None]) -> dict[str, dict[str, 
     Raises:
         arena.training.FleetOutOfMemory: a smaller fleet may fit.
         arena.plugins.PluginError: this process has not the plug-ins that the runs were planned with.
+        RuntimeError: nor the version of this toolkit.
     """
     import synthetic_tasks
     from arena.grid.environment import environment
@@ -34,19 +40,44 @@ def train(fleet: Fleet, progress: Callable[[int], None]) -> dict[str, dict[str, 
 
     config = fleet.runs[0].config
     require(config["versions"])
-    results = train_fleet(
-        ModelConfig(**config["model"]),
-        synthetic_tasks.get(config["task"]["name"], **config["task"]["params"]),
-        TrainConfig(**config["train"]),
-        [Replica(**run.config["replica"]) for run in fleet.runs],
-        device=config["device"],
-        on_step=progress,
-    )
+    model, settings = ModelConfig(**config["model"]), TrainConfig(**config["train"])
+    task = synthetic_tasks.get(config["task"]["name"], **config["task"]["params"])
+    _require_versions(config["versions"], result_versions(task))
+    if len(fleet.runs) > 1:
+        _require_memory(fleet, model, task, settings, share)
+    replicas = [Replica(**run.config["replica"]) for run in fleet.runs]
+    results = train_fleet(model, task, settings, replicas, device=config["device"], on_step=progress)
     around = {**environment(), **({"plugins": loaded()} if loaded() else {})}
     return {
         run.id: run_files(run, fleet.id, result, around)
         for run, result in zip(fleet.runs, results, strict=True)
     }
+
+
+def _require_versions(planned: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """RuntimeError where a worker on another machine would give results of another version."""
+    other = [f"{part} {here[part]}, not {planned[part]}" for part in here if here[part] != planned.get(part)]
+    if other:
+        raise RuntimeError(
+            f"this worker has another memory-arena than the driver ({'; '.join(other)}): install the same"
+        )
+
+
+def _require_memory(fleet: Fleet, model: Any, task: Any, settings: Any, share: float) -> None:
+    """FleetOutOfMemory where the fleet would not fit; each shape is tried out once in a process."""
+    from arena.training import FleetOutOfMemory, measure_footprint, memory_budget
+
+    device, size = fleet.runs[0].config["device"], len(fleet.runs)
+    group = fleet.runs[0].group
+    if group not in _footprints:
+        _footprints[group] = measure_footprint(model, task, settings, device=device)
+    footprint, budget = _footprints[group], memory_budget(device, share)
+    fits = footprint.fits(budget)
+    if fits < size:
+        need = footprint.fixed + size * footprint.per_replica
+        room = max(0.0, budget)
+        detail = f"a step takes {need / 2**30:.2f} GiB by a short probe, of {room / 2**30:.2f} GiB"
+        raise FleetOutOfMemory(size, detail, fits=fits)
 
 
 def run_files(run: Run, fleet_id: str, result: Any, around: Mapping[str, Any]) -> dict[str, bytes]:

@@ -164,8 +164,10 @@ class FleetOutOfMemory(RuntimeError):
 
     Attributes:
         n_replicas: size of the fleet that did not fit.
+        fits: the number of replicas that would fit, where it was measured.
     """
 
-    def __init__(self, n_replicas: int, detail: str) -> None:
+    def __init__(self, n_replicas: int, detail: str, fits: int | None = None) -> None:
         super().__init__(f"a fleet of {n_replicas} replicas does not fit into memory: {detail}")
         self.n_replicas = n_replicas
+        self.fits = fits

@@ -22,7 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from arena.grid.driver import GridReport, Pending, bound_work, take
 from arena.grid.executors import Event, Executor, Slots, Work
-from arena.grid.plan import Fleet, Run, plan_fleets, split_fleet
+from arena.grid.fleets import plan_fleets, split_fleet
+from arena.grid.plan import Fleet, Run
 from arena.grid.store import Store, write_whole
 from arena.tuning.study import Desk
 

@@ -12,7 +12,7 @@ from arena.grid import Store, load_results
 from arena.grid import cache as caching
 from arena.grid import rows as row_tables
 from arena.grid import store as stores
-from arena.grid.plan import plan_fleets
+from arena.grid.fleets import plan_fleets
 from arena.grid.results import cache_results
 from tests.arena.grid_fakes import files, make_runs
 

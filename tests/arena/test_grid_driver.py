@@ -160,7 +160,7 @@ def test_a_dying_worker_is_noticed_and_its_fleet_tried_once_more(tmp_path, log):
 
 
 def _planned_fleets(arch: str) -> dict[str, list[str]]:
-    from arena.grid.plan import plan_fleets
+    from arena.grid.fleets import plan_fleets
 
     fleets = plan_fleets(grid_fakes.make_runs(), 2)
     return {f.id: [run.id for run in f.runs] for f in fleets if f.runs[0].config["model"]["arch"] == arch}
@@ -239,7 +239,7 @@ def test_workers_share_out_the_gpus(monkeypatch, visible, expected):
     from collections import deque
 
     from arena.grid.executors import LocalExecutor, Slots
-    from arena.grid.plan import plan_fleets
+    from arena.grid.fleets import plan_fleets
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:

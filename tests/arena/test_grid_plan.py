@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import grid_fakes
 
 from arena.grid import ExperimentError, Run, parse_experiment, plan_fleets, plan_runs
-from arena.grid.plan import canonical, split_fleet
+from arena.grid.fleets import split_fleet
+from arena.grid.plan import canonical
 
 SMALL = {
     "name": "small",

@@ -5,6 +5,7 @@ As a script it is a driver to be killed: ``python grid_fakes.py DIR WORKERS``.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -14,10 +15,11 @@ import time
 from pathlib import Path
 
 from arena.grid import ExperimentError
-from arena.grid.driver import train_runs
+from arena.grid.driver import train_here, train_runs
 from arena.grid.executors import Event, Slots, make_executor
 from arena.grid.executors.base import attempt
 from arena.grid.plan import Run
+from arena.grid.store import RUN_FILES
 
 SECONDS = 0.12
 
@@ -97,6 +99,28 @@ def work(fleet, progress):
     return {run.id: files(run, fleet.id) for run in fleet.runs}
 
 
+def marked(fleet, progress):
+    """The results of another folder, $FAKE_RESULTS, with a line in the log for every step; two processes on
+    one fleet at the same time are noticed.
+    """
+    results = Path(os.environ["FAKE_RESULTS"]) / "runs"
+    with open(os.environ["FAKE_LOG"] + "." + fleet.id, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process dies
+        except OSError:
+            _note(f"twice {fleet.id}")
+        _note(f"start {fleet.id}")
+        for step in range(3):
+            time.sleep(0.005)
+            progress(step)
+            _note(f"step {fleet.id}")
+        found = {
+            run.id: {name: (results / run.id / name).read_bytes() for name in RUN_FILES} for run in fleet.runs
+        }
+        _note(f"done {fleet.id}")
+    return found
+
+
 def quick(fleet, progress):
     return {run.id: files(run, fleet.id) for run in fleet.runs}
 
@@ -120,6 +144,19 @@ def until_released(fleet, progress):
         progress(1)
         time.sleep(0.02)
     return {run.id: files(run, fleet.id) for run in fleet.runs}
+
+
+def train_in_little_memory(fleet, progress):
+    """Real training in a process that may have no more than a bit beyond what it has once torch is there."""
+    import resource
+
+    import torch  # noqa: F401
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = held + int(os.environ["FAKE_BYTES"])
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return train_here(fleet, progress)
 
 
 def raise_in_one_group(fleet, progress):
@@ -195,7 +232,7 @@ def drive(directory, workers=1, work=work, fleet_size=2, executor="local", on_ev
 
 if __name__ == "__main__":
     directory, where, kind = sys.argv[1:4]
-    works = {"work": work, "slow": slow, "held": until_released}
+    works = {"work": work, "slow": slow, "held": until_released, "marked": marked}
     if where == "slurm":
         engine = make_executor("slurm", directory=directory, workers=2, slurm={"time": 5})
         result = drive(directory, work=works[kind], executor=engine)

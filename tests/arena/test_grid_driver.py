@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -62,47 +61,6 @@ def wait_until(condition, seconds=60.0):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_at_random_instants_the_table_is_the_same(tmp_path, log, workers):
-    grid_fakes.drive(tmp_path / "calm", workers=1)
-    expected = load_results(tmp_path / "calm")
-    assert expected["run_id"].n_unique() == 12
-    log.unlink()
-
-    directory, seed = tmp_path / "stormy", random.randrange(2**32)
-    print(f"seed {seed}")  # shown when the test fails
-    rng = random.Random(seed)
-    kills, whole_before = 0, []
-    while kills < 5:
-        driver = start_driver(directory, workers)
-        if not kills:  # on a fast machine the whole grid may end before a random instant
-            wait_until(log.exists)
-        try:
-            driver.wait(timeout=rng.uniform(0.6, 1.8) if kills else 0)
-            assert driver.returncode == 0, driver.stderr.read()
-            break
-        except subprocess.TimeoutExpired:
-            driver.send_signal(signal.SIGKILL)
-            driver.wait()
-        kills += 1
-        pids = {int(line.split()[2]) for line in log.read_text().splitlines()} if log.exists() else set()
-        wait_until(lambda pids=pids: not any(alive(pid) for pid in pids))  # workers end with their driver
-        if (directory / "runs").exists():
-            finished = stored(directory)
-            done = [f for f, members in fleets_of(directory).items() if set(members) <= finished]
-            whole_before.append((len(starts(log)) if log.exists() else 0, done))
-            if finished:
-                part = load_results(directory)
-                assert part.equals(expected.filter(expected["run_id"].is_in(list(finished))))
-    assert kills >= 1
-    report = grid_fakes.drive(directory, workers=workers)
-    assert report.stored == report.planned == 12
-    assert load_results(directory).equals(expected)
-    assert not list((directory / "staging").iterdir())
-    for position, done in whole_before:
-        assert not set(starts(log)[position:]) & set(done), "a finished fleet was run again"
 
 
 def test_two_workers_equal_one(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             plugins_first(words), prog_name="arena", standalone_mode=False
         )
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"stopped; to start again: {again()}")
         status = INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
@@ -67,6 +69,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if debug:
             traceback.print_exc()
         status = _explain(error, debug)
+    if status == INTERRUPTED:  # it ends already: Ctrl-C once more must not make a traceback of that
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(status if isinstance(status, int) else OK)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from arena.training.config import FleetOutOfMemory, Replica, ReplicaResult, Trai
 from arena.training.data import IGNORED, check_measurable, step_lengths, to_device, train_batch, valid_lengths
 from arena.training.evaluation import Forward, Row, evaluate, negative_log_likelihood, row_sums, worst_rows
 from arena.training.optimiser import FlatParameters, FleetAdamW
+
+T = TypeVar("T")
 
 
 def train_fleet(
@@ -55,8 +57,16 @@ def train_fleet(
         FleetOutOfMemory: the fleet does not fit; split it.
     """
     _check(model_config, task, train_config, replicas)
+    return in_memory(
+        len(replicas),
+        lambda: _train(_Fleet(model_config, task, train_config, replicas, torch.device(device)), on_step),
+    )
+
+
+def in_memory(n_replicas: int, work: Callable[[], T]) -> T:
+    """The value of ``work``; FleetOutOfMemory, with nothing of it left, where memory runs out."""
     try:
-        return _train(_Fleet(model_config, task, train_config, replicas, torch.device(device)), on_step)
+        return work()
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -64,7 +74,7 @@ def train_fleet(
     # Outside of the handler: the error's traceback, which holds the fleet's tensors, is gone by now.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise FleetOutOfMemory(len(replicas), detail)
+    raise FleetOutOfMemory(n_replicas, detail)
 
 
 def _check(

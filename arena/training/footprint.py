@@ -13,7 +13,7 @@ import torch
 from arena.model import ModelConfig
 from arena.training.config import Replica, TrainConfig
 from arena.training.data import step_lengths
-from arena.training.fleet import _Fleet
+from arena.training.fleet import _Fleet, in_memory
 
 _CPU_PART, _GPU_PART = 0.8, 0.9
 """Parts of the memory to fill: what lies outside of tensors, and between them, needs some too."""
@@ -46,6 +46,9 @@ def measure_footprint(
         task: a task of ``synthetic_tasks``.
         train_config: of the fleet.
         device: ``cpu`` or ``cuda``.
+
+    Raises:
+        FleetOutOfMemory: not even two replicas fit.
     """
     device = torch.device(device)
     longest = max(step_lengths(train_config, task))
@@ -66,7 +69,8 @@ def measure_footprint(
 
     peak = _cuda_peak if device.type == "cuda" else _cpu_peak
     # two first: what a first step leaves behind for all later ones then counts as a replica's, not against it
-    two, one = peak(step, 2), peak(step, 1)
+    two = in_memory(2, lambda: peak(step, 2))
+    one = in_memory(1, lambda: peak(step, 1))
     per_replica = max(two - one, 0)
     return Footprint(fixed=max(one - per_replica, 0), per_replica=per_replica)
 

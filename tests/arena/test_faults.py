@@ -22,8 +22,11 @@ import grid_fakes  # noqa: E402
 from slurm_fakes import alive  # noqa: E402
 
 import arena.grid.store  # noqa: E402
-from arena.grid import StoreError, load_results, parse_experiment, run_experiment  # noqa: E402
+import synthetic_tasks  # noqa: E402
+from arena.grid import StoreError, load_results, parse_experiment, plan_runs, run_experiment  # noqa: E402
 from arena.grid.executors import LocalExecutor  # noqa: E402
+from arena.model import ModelConfig  # noqa: E402
+from arena.training import TrainConfig, measure_footprint  # noqa: E402
 
 ROOT = HERE.parents[1]
 SMALL = {
@@ -270,7 +273,10 @@ def test_a_process_that_runs_out_of_memory(tmp_path, monkeypatch):
     recall = {"name": "mqar", "params": {"n_pairs": 4}, "train_lengths": [64, 64], "eval_lengths": [96]}
     experiment = parse_experiment(SMALL | {"archs": ["gdn"], "tasks": [recall]})
     run_experiment(experiment, tmp_path / "calm", executor=grid_fakes.Inline())
-    monkeypatch.setenv("FAKE_BYTES", str(600 * 2**20))  # one run takes some 230 MB, four 900
+    config = plan_runs(experiment)[0].config
+    task = synthetic_tasks.get("mqar", **config["task"]["params"])
+    found = measure_footprint(ModelConfig(**config["model"]), task, TrainConfig(**config["train"]))
+    monkeypatch.setenv("FAKE_BYTES", str(3 * found.per_replica))  # four do not fit, one does
     report = run_experiment(
         experiment,
         tmp_path / "tight",
@@ -289,8 +295,6 @@ def test_a_block_of_somebody_else_that_raises(tmp_path, monkeypatch):
     from arena.blocks import registry
     from arena.blocks.attention import Attention
 
-    known = ("d_model", "n_heads", "outer", "conv")
-
     class Raises(Attention):
         def forward(self, x, state=None):
             if x.shape[1] > 8:
@@ -298,7 +302,13 @@ def test_a_block_of_somebody_else_that_raises(tmp_path, monkeypatch):
             return super().forward(x, state)
 
     monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
-    registry.register("raises")(lambda **options: Raises(**{k: options[k] for k in known}))
+
+    def build(*, d_model, n_heads, outer, conv, depth):
+        return Raises(
+            d_model=d_model, n_heads=n_heads, outer=outer, conv=conv, window=None, rope_theta=10000.0
+        )
+
+    registry.register("raises")(build)
     experiment = parse_experiment(SMALL | {"archs": ["raises", "gdn"], "seeds": 2})
     report = run_experiment(experiment, tmp_path / "out", executor=grid_fakes.Inline())
     assert report.stored == 2 and set(report.failed.values()) == {"IndexError: only short ones, please"}

@@ -150,8 +150,13 @@ def train_in_little_memory(fleet, progress):
     """Real training in a process that may have no more than a bit beyond what it has once torch is there."""
     import resource
 
-    import torch  # noqa: F401
+    import polars as pl
+    import safetensors.torch
+    import torch
 
+    # what writes the results has threads and memory of its own, which are not to be short
+    pl.DataFrame({"x": list(range(100))}).write_parquet(io.BytesIO())
+    safetensors.torch.save({"x": torch.zeros(1)})
     if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limit = held + int(os.environ["FAKE_BYTES"])

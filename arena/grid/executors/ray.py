@@ -35,7 +35,8 @@ class RayExecutor:
     """Fleets as Ray tasks, all of them submitted at once. A task whose worker or node is lost is run again by
     Ray (``max_retries``, 3 unless the cluster says otherwise).
 
-    Workers need this toolkit installed in the versions of the driver. No folder need be shared.
+    Workers need this toolkit installed in the versions of the driver. No folder need be shared. That a fleet was
+    run again is told where Ray delivers it in time; results do not depend on that.
     """
 
     address: str | None = None
@@ -198,7 +199,11 @@ def _perform(packed: tuple[bytes, list[str]], fleet: Fleet, threads: int, board:
     limit_threads(threads)
     work: Work = _unpack(packed)
     where = f"on {socket.gethostname()}, process {os.getpid()}"
-    board.put.remote(fleet.id, "started", {"where": where})
+    import ray
+
+    # waited for, so that a start is on the board before the driver can see the end
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(board.put.remote(fleet.id, "started", {"where": where}), timeout=10)
 
     def tell(steps: int) -> None:
         board.put.remote(fleet.id, "progress", {"steps": steps})

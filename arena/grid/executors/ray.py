@@ -35,8 +35,8 @@ class RayExecutor:
     """Fleets as Ray tasks, all of them submitted at once. A task whose worker or node is lost is run again by
     Ray (``max_retries``, 3 unless the cluster says otherwise).
 
-    Workers need this toolkit installed in the versions of the driver. No folder need be shared. That a fleet was
-    run again is told where Ray delivers it in time; results do not depend on that.
+    Workers need this toolkit installed in the versions of the driver. No folder need be shared. That a fleet
+    was run again is told where Ray delivers it in time; results do not depend on that.
     """
 
     address: str | None = None

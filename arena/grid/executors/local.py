@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -146,20 +146,40 @@ def _start(work: Work, slot: int, slots: Slots, gpus: int) -> _Worker:
     ours, theirs = context.Pipe()
     cores = core_group(slot, slots.workers)
     process = context.Process(target=_worker, args=(theirs, work, cores), daemon=True)
-    # Ctrl-C reaches every process of the terminal: a blocked signal is inherited, so only the driver sees it
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        os.environ.update(wanted)
-        process.start()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    with _later_interrupts():
+        try:
+            os.environ.update(wanted)
+            process.start()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
     theirs.close()  # so that a dead worker's pipe ends
     return _Worker(process=process, pipe=ours, slot=slot)
+
+
+@contextlib.contextmanager
+def _later_interrupts() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach, and let it reach this one afterwards only.
+
+    Ctrl-C goes to every process of the terminal: a blocked signal is inherited, so only the driver sees it. A
+    thread of a library may take it although it is blocked here; Python would then stop this one half-way
+    through the start, and the new process would complain that its instructions are cut off.
+    """
+    taken: list[int] = []
+    here = threading.current_thread() is threading.main_thread()  # Python has handlers there only
+    before = signal.signal(signal.SIGINT, lambda number, frame: taken.append(number)) if here else None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if here:
+            signal.signal(signal.SIGINT, before)
+        if taken:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _worker(pipe: Connection, work: Work, cores: Sequence[int] | None) -> None:

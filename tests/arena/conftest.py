@@ -1,18 +1,19 @@
 """What the tests of the commands share."""
 
 import pytest
+from tiny import TINY
 
 
 @pytest.fixture
 def here(request, capsys, monkeypatch, tmp_path):
     """The command line in this process, to be quick: (arguments) -> exit status, output, errors.
 
-    It runs where the experiment ``TINY`` of the test's file lies as tiny.toml.
+    It runs where the experiment ``TINY`` of the test's file, else that of tiny.py, lies as tiny.toml.
     """
     from arena.cli import main
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.toml").write_text(request.module.TINY)
+    (tmp_path / "tiny.toml").write_text(getattr(request.module, "TINY", TINY))
 
     def run(*arguments):
         with pytest.raises(SystemExit) as end:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import ablation_fakes
 import numpy as np
 import polars as pl
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import ablation_fakes
 
 from arena.ablation.axes import AXES, named
 from arena.ablation.effects import declared_effects, effect_table, levels_of_params, point_table

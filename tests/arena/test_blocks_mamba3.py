@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_training_fleet import TASK, model_config, same, train_config
 
 from arena.blocks import build_block
 from arena.training import Replica, train_fleet
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_training_fleet import TASK, model_config, same, train_config
 
 D, H = 8, 2
 KINDS = {

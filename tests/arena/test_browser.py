@@ -6,15 +6,12 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from html import unescape
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from evidence_fakes import tuned_rows
 from test_page import HOSTILE
 from test_report import ARCHS, make_rows

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from page_checks import Page, check_alone
 from test_report import make_rows
 
@@ -19,24 +16,6 @@ from arena.report import compare as entry
 from arena.report import differences
 from arena.report.compare import compare
 from arena.report.differences import difference_table, request_changes, run_changes
-
-TINY = """
-name = "tiny"
-archs = ["gdn", "gdn-neg"]
-seeds = 2
-[model]
-d_model = 8
-n_layers = 1
-n_heads = 1
-[train]
-steps = 3
-batch_size = 4
-eval_examples = 8
-[[tasks]]
-name = "parity"
-train_lengths = [3, 8]
-eval_lengths = [24, 32]
-"""
 
 
 def side(seeds=12, shift=0.0, first=0, archs=("gdn", "lstm"), noise=0.02, **columns):

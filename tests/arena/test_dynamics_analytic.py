@@ -1,20 +1,16 @@
 """Every measurement against a case whose answer is known in closed form."""
 
 import math
-import sys
-from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from dynamics_blocks import Frozen, steps, unit
 
 import synthetic_tasks
 from arena.dynamics import measure
 from arena.dynamics.edit import last_two_writes, previous_write_share
 from synthetic_tasks import Writes
-
-sys.path.insert(0, str(Path(__file__).parent))
-from dynamics_blocks import Frozen, steps, unit
 
 T, H, K, V = 12, 2, 4, 3
 

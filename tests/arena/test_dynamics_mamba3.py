@@ -1,13 +1,13 @@
 """Memories that turn, and writes a token late: every measurement against a case whose answer is known."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from dynamics_blocks import Frozen, steps, unit
+from test_blocks_mamba3 import make, parity_block
 
 import arena
 import synthetic_tasks
@@ -19,10 +19,6 @@ from arena.dynamics.retention import by_source
 from arena.dynamics.state import advance
 from arena.model import ModelConfig, build_model
 from synthetic_tasks import Writes
-
-sys.path.insert(0, str(Path(__file__).parent))
-from dynamics_blocks import Frozen, steps, unit
-from test_blocks_mamba3 import make, parity_block
 
 T, H, K, V = 12, 2, 4, 3
 X = torch.randn(2, 17, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -1,14 +1,10 @@
 """`arena dynamics` on a small grid that is really trained: tables, figures, page, refusals."""
 
 import shutil
-import sys
 import warnings
-from pathlib import Path
 
 import polars as pl
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from page_checks import Page, check_alone
 
 from arena.dynamics import findings

@@ -1,13 +1,12 @@
 """Several micro-steps a token: every measurement against a case whose answer is known, or a recurrence."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from dynamics_blocks import Frozen, steps, unit
 
 import arena
 import synthetic_tasks
@@ -20,9 +19,6 @@ from arena.dynamics.intervene import check, prepare
 from arena.dynamics.state import advance, writing_step
 from arena.model import ModelConfig, build_model
 from synthetic_tasks import Writes
-
-sys.path.insert(0, str(Path(__file__).parent))
-from dynamics_blocks import Frozen, steps, unit
 
 T, H, K, V = 12, 2, 3, 3
 

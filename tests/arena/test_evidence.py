@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from evidence_fakes import CHANCE, tuned_rows
 from rich.console import Console
 
 from arena.grid.results import CURVE_SCHEMA
@@ -26,9 +26,6 @@ from arena.report.palette import look, looks
 from arena.report.pruning import halving_table
 from arena.report.tables import point_scores
 from arena.statistics import expected_best, expected_best_band
-
-sys.path.insert(0, str(Path(__file__).parent))
-from evidence_fakes import CHANCE, tuned_rows
 
 CELL = {"task": "mqar", "task_params": "{}", "arm": "gdn"}
 

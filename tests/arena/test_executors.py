@@ -9,14 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import grid_fakes
 import pytest
+from slurm_fakes import alive
+
+from arena.grid import ExperimentError, load_results, make_executor
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # so that worker processes find it too
-import grid_fakes  # noqa: E402
-from slurm_fakes import alive  # noqa: E402
-
-from arena.grid import ExperimentError, load_results, make_executor  # noqa: E402
 
 
 def wait_until(condition, seconds=60.0):

@@ -13,20 +13,19 @@ import sys
 import time
 from pathlib import Path
 
+import grid_fakes
 import polars as pl
 import pytest
+from slurm_fakes import alive
+
+import arena.grid.store
+import synthetic_tasks
+from arena.grid import StoreError, load_results, parse_experiment, plan_runs, run_experiment
+from arena.grid.executors import LocalExecutor
+from arena.model import ModelConfig
+from arena.training import TrainConfig, measure_footprint
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # so that worker processes find it too
-import grid_fakes  # noqa: E402
-from slurm_fakes import alive  # noqa: E402
-
-import arena.grid.store  # noqa: E402
-import synthetic_tasks  # noqa: E402
-from arena.grid import StoreError, load_results, parse_experiment, plan_runs, run_experiment  # noqa: E402
-from arena.grid.executors import LocalExecutor  # noqa: E402
-from arena.model import ModelConfig  # noqa: E402
-from arena.training import TrainConfig, measure_footprint  # noqa: E402
 
 ROOT = HERE.parents[1]
 SMALL = {

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
+import grid_fakes
 import pytest
 import torch
 
@@ -15,9 +14,6 @@ from arena.grid.plan import Fleet
 from arena.grid.worker import train
 from arena.model import ModelConfig
 from arena.training import FleetOutOfMemory, Replica, TrainConfig, footprint, measure_footprint
-
-sys.path.insert(0, str(Path(__file__).parent))
-import grid_fakes
 
 TASK = synthetic_tasks.get("mqar", n_pairs=2, vocab_size=16)
 TRAIN = TrainConfig(steps=3, batch_size=8, train_lengths=(40, 40), eval_lengths=(48,), eval_examples=16)

@@ -6,14 +6,10 @@ import copy
 import dataclasses
 import hashlib
 import json
-import sys
-from pathlib import Path
 
+import grid_fakes
 import polars as pl
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import grid_fakes
 
 from arena.grid import ExperimentError, load_results, parse_experiment, plan_runs
 from arena.grid.driver import train_runs

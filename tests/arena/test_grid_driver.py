@@ -11,13 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import grid_fakes
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # so that worker processes find it too
-import grid_fakes  # noqa: E402
+from arena.grid import StoreError, load_results
 
-from arena.grid import StoreError, load_results  # noqa: E402
+HERE = Path(__file__).parent
 
 
 @pytest.fixture

@@ -7,12 +7,9 @@ import json
 import random
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import grid_fakes
+import pytest
 
 from arena.grid import ExperimentError, Run, parse_experiment, plan_fleets, plan_runs
 from arena.grid.fleets import split_fleet

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, stack_module_state, vmap
-
-sys.path.insert(0, str(Path(__file__).parent))
 import tuning_fakes
+from torch.func import functional_call, stack_module_state, vmap
 
 import synthetic_tasks
 from arena.grid import load_experiment, load_results, plan_runs, run_experiment

@@ -5,15 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 
+import grid_fakes
 import polars as pl
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import grid_fakes
 
 from arena.grid import Fleet, Store, StoreError, load_curves, load_environments, load_results
 from arena.grid.results import CURVE_SCHEMA, ROW_SCHEMA

@@ -1,19 +1,15 @@
 """TTT-E2E against its reference: outputs, outer gradients, causality, controls, state, fleet."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, stack_module_state, vmap
+from ttt_reference import swiglu, ttt_reference
 
 from arena.memory import TRACE_FIELDS
 from arena.model import Model, ModelConfig, build_model, model_params
-
-sys.path.insert(0, str(Path(__file__).parent))
-from ttt_reference import swiglu, ttt_reference
 
 V, B, T = 9, 2, 14
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import tuning_fakes
 
 from arena.grid.fields import ExperimentError

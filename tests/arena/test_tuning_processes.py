@@ -12,8 +12,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import tuning_fakes
 from tuning_fakes import STUDIES, complete, drive, studies
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 import pytest
+from evidence_fakes import CHANCE, tuned_rows
 
 from arena.report.verdicts import final_scores, rule_text, verdict_line, verdict_table
 from arena.statistics import (
@@ -19,9 +17,6 @@ from arena.statistics import (
     probability_of_improvement,
     sign_flip_test,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from evidence_fakes import CHANCE, tuned_rows
 
 MQAR, REBIND = ("mqar", "{}"), ("rebind", "{}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,21 +48,31 @@ def bench_kernels(
     operator: Annotated[str | None, typer.Option(help="Operators, with commas between.")] = None,
     point: Annotated[str | None, typer.Option(help="Points of gated_memory, with commas between.")] = None,
     rounds: Annotated[int, typer.Option(help="Timed turns of each contender.")] = 7,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, instead.")] = None,
+    peer_configs: Annotated[
+        int | None,
+        typer.Option(help="Settings that other packages' autotuning tries (default: all)."),
+    ] = None,
     out: Annotated[str, typer.Option(help="Folder for table and figure.")] = "results/bench",
 ) -> int:
     """Ours beside every public alternative installed, in turn: time, bandwidth, memory, error."""
     from arena.bench.report import draw_kernels, frame, show_kernels, write
     from arena.grid.experiment import near
     from kernels.backends import OPERATORS
-    from kernels.bench.contenders import SIZES, comparisons
+    from kernels.bench.contenders import DTYPES, SIZES, comparisons
     from kernels.bench.operators import FIELDS, rows
     from kernels.bench.timing import ceilings, machine
+    from kernels.bench.tuning import tuning
     from kernels.doctor import POINTS
 
     if sizes not in SIZES:
         wrong(f"--sizes is {' or '.join(SIZES)}, not {sizes!r}")
     if not 1 <= rounds <= 1000:
         wrong(f"--rounds is a number from 1 to 1000, not {rounds}")
+    if dtype not in (None, *DTYPES):
+        wrong(f"--dtype is {' or '.join(DTYPES)}, not {dtype!r}")
+    if peer_configs is not None and peer_configs < 1:
+        wrong(f"--peer-configs is a number from 1, not {peer_configs}")
     operators, points = names("--operator", operator), names("--point", point)
     timed = [name for name in OPERATORS if name not in ("lstm", "experts")]
     for option, given, known in (("--operator", operators, timed), ("--point", points, list(POINTS))):
@@ -70,10 +80,11 @@ def bench_kernels(
             if name not in known:
                 wrong(f"{option} {name!r}{near(name, known)}")
     folder = _bench_folder(out, device)
-    limits = ceilings(device, [SIZES[sizes]])
-    about = {"machine": machine(device), "ceilings": limits}
-    wanted = comparisons(device, sizes, operators=tuple(operators), points=tuple(points))
-    with console.status("") as status:
+    kind = SIZES[sizes] if dtype is None else DTYPES[dtype]
+    limits = ceilings(device, [kind])
+    about: dict[str, Any] = {"machine": machine(device), "ceilings": limits}
+    wanted = comparisons(device, (sizes,), dtype=kind, operators=tuple(operators), points=tuple(points))
+    with console.status("") as status, tuning(peer_configs) as about["settings"]:
         found = list(rows(wanted, device, limits, rounds=rounds, say=status.update))
     table = frame(found, FIELDS)
     show_kernels(table, console)

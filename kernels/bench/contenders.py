@@ -6,9 +6,10 @@ Inputs are random and as the blocks make them: unit keys, mild decays, erase and
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,17 +21,24 @@ from kernels.bench.peers import attribute, fla_kernel, fla_naive, untrusted
 from kernels.doctor import POINTS
 
 Operator = Callable[..., Tensor]
+Maker = Callable[[tuple[int, ...], torch.dtype, str], "Comparison"]
 ARENA, LM = "arena", "lm"
 SIZES = {ARENA: torch.float32, LM: torch.bfloat16}
 """Kinds of shapes, and the dtype that they are measured in."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY_SHAPES = {
-    ARENA: ((64, 256, 2, 32), (1024, 128, 2, 16), (64, 512, 2, 64)),
+    ARENA: ((64, 256, 2, 32), (64, 512, 2, 64)),
     LM: ((4, 4096, 16, 128),),
 }
-"""B, T, H, K = V. The second of the arena's is a fleet of 16."""
+"""B, T, H, K = V."""
+FLEET = (1024, 256, 2, 32)
+"""A fleet of 16 of the arena's first shape: on a GPU only."""
 CONV_SHAPES = {ARENA: ((64, 256, 192),), LM: ((4, 4096, 2048),)}
 """B, T, D."""
+TURNS = 3
+"""Most shapes of an operator."""
 TAPS, RANK = 4, 16
+SAFE_GATE = "right for log-decays of at least -5 only, as these are"
 OTHER = "another operator, for scale"
 """The note of a contender whose output is not checked."""
 
@@ -48,6 +56,8 @@ class Contender:
     """Ours; ``auto`` is what runs by default."""
     note: str = ""
     """What a reader must know of its result."""
+    layout: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    """An input of ours in its layout."""
     back: Callable[[Tensor], Tensor] = field(default=lambda o: o)
     """Its output in our layout."""
 
@@ -61,8 +71,8 @@ class Comparison:
     shape: str
     dtype: torch.dtype
     contenders: list[Contender]
-    truth: Callable[[], Tensor]
-    """The output by the token loop, in float32."""
+    truth: Operator
+    """The token loop; called with inputs like those of the first contender."""
     flop: float
     """Floating-point operations of the recurrence itself, forward, whatever an algorithm spends."""
 
@@ -81,36 +91,42 @@ class Comparison:
 
 def comparisons(
     device: str,
-    sizes: str,
+    sizes: Sequence[str],
     *,
+    dtype: torch.dtype | None = None,
     operators: tuple[str, ...] = (),
     points: tuple[str, ...] = (),
     first: int | None = None,
 ) -> Iterator[Comparison]:
     """Yield what can be compared here, one after the other: the inputs of one may need much memory.
 
+    The first shapes of every operator come before the second ones, so that a run that is cut off has them.
+
     Args:
         device: ``cpu`` or ``cuda``.
-        sizes: ``"arena"`` (float32) or ``"lm"`` (bfloat16).
+        sizes: Keys of :data:`SIZES`.
+        dtype: Of the inputs; None: that of :data:`SIZES`.
         operators: Only these; empty: all.
-        points: Of the gated memory only these; empty: all.
+        points: Of the gated memory only these, in this order; empty: all.
         first: Only so many of the shapes; None: all.
     """
-    dtype = SIZES[sizes]
     wanted = operators or ("gated_memory", "mlstm", "slstm", "short_conv", "dynamic_short_conv")
-    for shape in MEMORY_SHAPES[sizes][:first]:
-        if "gated_memory" in wanted:
-            for point in points or tuple(POINTS):
-                yield memory(point, shape, dtype, device)
-        if "mlstm" in wanted:
-            yield matrix_lstm(shape, dtype, device)
-        if "slstm" in wanted and sizes == ARENA:
-            yield scalar_lstm(shape, dtype, device)
-    for size in CONV_SHAPES[sizes][:first]:
-        if "short_conv" in wanted:
-            yield convolution(size, dtype, device)
-        if "dynamic_short_conv" in wanted:
-            yield dynamic_convolution(size, dtype, device)
+    makers: list[tuple[str, Maker, Mapping[str, tuple[tuple[int, ...], ...]]]] = [
+        ("gated_memory", partial(memory, point), MEMORY_SHAPES) for point in points or tuple(POINTS)
+    ]
+    makers += [
+        ("mlstm", matrix_lstm, MEMORY_SHAPES),
+        ("slstm", scalar_lstm, {ARENA: MEMORY_SHAPES[ARENA]}),
+        ("short_conv", convolution, CONV_SHAPES),
+        ("dynamic_short_conv", dynamic_convolution, CONV_SHAPES),
+    ]
+    for turn in range(TURNS if first is None else first):
+        for (operator, maker, table), size in product(makers, sizes):
+            shapes = table.get(size, ())
+            if device == "cuda" and size == ARENA and table is not CONV_SHAPES:
+                shapes = (*shapes, FLEET)
+            if operator in wanted and turn < len(shapes):
+                yield maker(shapes[turn], dtype or SIZES[size], device)
 
 
 class Draws:
@@ -166,7 +182,7 @@ def memory(point: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) 
             named["write"] = named["erase"]
         if point == "Mamba-2":
             named["log_decay"] = -named["write"]
-        return gated_memory(q, k, v, **named, backend=backend)
+        return gated_memory(q, k, v, **named, scale=_scale(point), backend=backend)
 
     contenders = own(_here(device, (), ("chunked", "triton")), call, leaves)
     contenders += _memory_peers(point, leaves, device)
@@ -177,7 +193,7 @@ def memory(point: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) 
         shape=f"B{B} T{T} H{H} K{K} V{K}",
         dtype=dtype,
         contenders=contenders,
-        truth=lambda: call(*(x.float() for x in leaves), backend="reference")[0],
+        truth=partial(_first, call, "reference"),
         flop=float(B * T * H * K * K * inner),
     )
 
@@ -199,12 +215,16 @@ def _memory_peers(point: str, leaves: list[Tensor], device: str) -> Iterator[Con
     elif (theirs := fla_kernel(kernel)) is not None:
         note = untrusted(kernel, has_decay=point not in ("linear attention", "DeltaNet"))
         yield Contender(name=f"fla ({kernel})", call=partial(_fla, theirs, point), leaves=leaves, note=note)
+        if point in ("KDA", "GDN-2"):
+            call = partial(_fla, partial(theirs, safe_gate=True), point)
+            yield Contender(name=f"fla ({kernel}, safe_gate)", call=call, leaves=leaves, note=SAFE_GATE)
     if point == "Mamba-2" and device == "cuda":
         scan = attribute("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
         if scan is not None:
-            yield Contender(name="mamba_ssm (SSD)", call=partial(_mamba, scan), leaves=leaves)
+            minus_one = -torch.ones(leaves[1].shape[2], device=device)
+            yield Contender(name="mamba_ssm (SSD)", call=partial(_mamba, scan, minus_one), leaves=leaves)
     if point == "GDN-2":
-        heads_first = [x.transpose(1, 2).contiguous() for x in leaves[:3]]
+        heads_first = [_heads_first(x) for x in leaves[:3]]
         yield Contender(
             name="torch attention (SDPA, causal)",
             call=partial(F.scaled_dot_product_attention, is_causal=True),
@@ -224,7 +244,7 @@ def _naive(naive: Callable[..., Any], point: str, q: Tensor, k: Tensor, v: Tenso
 def _fla(kernel: Callable[..., Any], point: str, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> Tensor:
     if point == "Mamba-2":
         (step,) = gates
-        return kernel(q, k, (v * step[..., None]).to(v.dtype), g=-step)[0]
+        return kernel(q, k, (v * step[..., None]).to(v.dtype), g=-step, scale=_scale(point))[0]
     if point == "DeltaNet" and q.dtype == torch.float32:
         return kernel(q, k, v, g=torch.zeros_like(k), beta=gates[0])[0]
     names = {
@@ -238,9 +258,15 @@ def _fla(kernel: Callable[..., Any], point: str, q: Tensor, k: Tensor, v: Tensor
     return kernel(q, k, v, **dict(zip(names, gates, strict=True)))[0]
 
 
-def _mamba(scan: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, step: Tensor) -> Tensor:
-    minus_one = -torch.ones(k.shape[2], device=k.device)
-    return scan(v, step, minus_one, k, q * k.shape[3] ** -0.5, min(256, k.shape[1]))
+def _mamba(
+    scan: Callable[..., Any], minus_one: Tensor, q: Tensor, k: Tensor, v: Tensor, step: Tensor
+) -> Tensor:
+    return scan(v, step, minus_one, k, q, min(256, k.shape[1]))
+
+
+def _scale(point: str) -> float | None:
+    """Of q; SSD has none."""
+    return 1.0 if point == "Mamba-2" else None
 
 
 def matrix_lstm(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Comparison:
@@ -250,25 +276,26 @@ def matrix_lstm(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Comp
     leaves = [draw.normal(B, T, H, K) for _ in range(3)]
     leaves += [draw.normal(B, T, H, dtype=torch.float32) - 2, draw.normal(B, T, H, dtype=torch.float32) + 4]
     contenders = own(_here(device, (), ("chunked", "triton")), mlstm, leaves)
-    heads_first = [x.transpose(1, 2).contiguous() for x in leaves]
     kinds = (
-        (("native", "mlstm_chunkwise__native_custbw"),)
+        (("native", "mlstm_chunkwise__native_custbw", 64),)
         if device == "cpu"
         else (
-            ("triton_limit_chunk", "mlstm_chunkwise__limit_chunk"),
-            ("triton_xl_chunk", "mlstm_chunkwise__xl_chunk"),
+            ("triton_limit_chunk", "mlstm_chunkwise__limit_chunk", 64),
+            ("triton_xl_chunk", "mlstm_chunkwise__xl_chunk", 64),
+            ("triton_xl_chunk", "mlstm_chunkwise__xl_chunk", 128),
         )
     )
-    for kind, name in kinds:
+    for kind, name, chunk in kinds:
         theirs = attribute(f"mlstm_kernels.torch.chunkwise.{kind}", name)
         if theirs is not None:
             contenders.append(
                 Contender(
-                    name=f"mlstm_kernels ({kind})",
-                    call=partial(theirs, chunk_size=64, autocast_kernel_dtype=dtype),
-                    leaves=heads_first,
+                    name=f"mlstm_kernels ({kind}, chunks of {chunk})",
+                    call=partial(theirs, chunk_size=chunk, autocast_kernel_dtype=dtype),
+                    leaves=[_heads_first(x) for x in leaves],
                     note="its backward leaves the normaliser out",
-                    back=lambda h: h.transpose(1, 2),
+                    layout=_heads_first,
+                    back=_heads_first,
                 )
             )
     return Comparison(
@@ -277,9 +304,13 @@ def matrix_lstm(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Comp
         shape=f"B{B} T{T} H{H} K{K} V{K}",
         dtype=dtype,
         contenders=contenders,
-        truth=lambda: mlstm(*(x.float() for x in leaves), backend="reference")[0],
+        truth=partial(_first, mlstm, "reference"),
         flop=5.0 * B * T * H * K * (K + 1),
     )
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous()
 
 
 def scalar_lstm(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Comparison:
@@ -297,7 +328,7 @@ def scalar_lstm(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Comp
         shape=f"B{B} T{T} H{H} K{K}",
         dtype=dtype,
         contenders=contenders,
-        truth=lambda: slstm(*(x.float() for x in leaves), backend="reference")[0],
+        truth=partial(_first, slstm, "reference"),
         flop=8.0 * B * T * H * K * K,
     )
 
@@ -325,7 +356,7 @@ def convolution(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Compa
         shape=f"B{B} T{T} D{D}",
         dtype=dtype,
         contenders=contenders,
-        truth=lambda: short_conv(*(x.float() for x in leaves), activation="silu", backend="reference")[0],
+        truth=partial(_first, partial(short_conv, activation="silu"), "reference"),
         flop=2.0 * B * T * D * TAPS,
     )
 
@@ -363,6 +394,6 @@ def dynamic_convolution(size: tuple[int, ...], dtype: torch.dtype, device: str) 
         shape=f"B{B} T{T} D{D}",
         dtype=dtype,
         contenders=own(_here(device, (), ("fused", "triton")), call, leaves),
-        truth=lambda: call(*(x.float() for x in leaves), backend="reference")[0],
+        truth=partial(_first, call, "reference"),
         flop=2.0 * B * T * D * TAPS * (RANK + 1),
     )

@@ -78,6 +78,20 @@ def graph_of(run: Run) -> Run | None:
         return None
 
 
+def gpu_seconds(run: Run, *, calls: int = 5) -> float | None:
+    """The GPU's own time of a call, summed over its kernels by the profiler; None where it saw none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    total = sum(event.self_device_time_total for event in record.key_averages())
+    return total / calls / 1e6 or None
+
+
 def memory_of(forward: Callable[[], Tensor], run: Run, device: str) -> float:
     """Bytes of one call: on a GPU the peak above what was allocated before, else what backward keeps."""
     if device == "cuda":

@@ -73,6 +73,8 @@ def test_training_says_where_the_time_goes(here):
     [
         (["kernels", "--device", "tpu"], "--device is cpu or cuda, not 'tpu'"),
         (["kernels", "--sizes", "huge"], "--sizes is arena or lm, not 'huge'"),
+        (["kernels", "--dtype", "int8"], "--dtype is float32 or bfloat16 or float16, not 'int8'"),
+        (["kernels", "--peer-configs", "0"], "--peer-configs is a number from 1, not 0"),
         (["kernels", "--rounds", "0"], "--rounds is a number from 1 to 1000, not 0"),
         (["kernels", "--operator", "mlstn"], "--operator 'mlstn'; did you mean 'mlstm' or 'slstm'?"),
         (["kernels", "--point", "GDN2"], "--point 'GDN2'"),

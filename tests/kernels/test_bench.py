@@ -45,7 +45,7 @@ def test_ceilings_are_plausible():
 
 
 def test_every_operator_is_compared_and_ours_agrees_with_the_loop(tiny):
-    found = list(rows(comparisons("cpu", "arena"), "cpu", LIMITS, rounds=1))
+    found = list(rows(comparisons("cpu", ("arena",)), "cpu", LIMITS, rounds=1))
     assert {row["operator"] for row in found} == {
         "gated_memory",
         "mlstm",
@@ -64,13 +64,13 @@ def test_every_operator_is_compared_and_ours_agrees_with_the_loop(tiny):
 
 
 def test_selected_operators_and_points(tiny):
-    found = list(comparisons("cpu", "arena", operators=("gated_memory",), points=("GDN", "KDA")))
+    found = list(comparisons("cpu", ("arena",), operators=("gated_memory",), points=("GDN", "KDA")))
     assert [x.setting for x in found] == ["GDN", "KDA"]
-    assert {x.dtype for x in comparisons("cpu", "lm", operators=("mlstm",))} == {torch.bfloat16}
+    assert {x.dtype for x in comparisons("cpu", ("lm",), operators=("mlstm",))} == {torch.bfloat16}
 
 
 def test_bytes_count_each_tensor_once(tiny):
-    (gdn2,) = comparisons("cpu", "arena", operators=("gated_memory",), points=("GDN-2",))
+    (gdn2,) = comparisons("cpu", ("arena",), operators=("gated_memory",), points=("GDN-2",))
     tensor = 2 * 12 * 16 * 4
     assert gdn2.bytes_forward == 7 * tensor  # q, k, v, three gates; o
     assert (
@@ -87,7 +87,7 @@ def compared(**contender):
         shape="",
         dtype=torch.float32,
         contenders=[ours, replace(ours, ours=False, **contender)],
-        truth=lambda: 2 * x,
+        truth=lambda x: 2 * x,
         flop=1.0,
     )
 
@@ -95,6 +95,19 @@ def compared(**contender):
 def test_a_wrong_contender_shows_and_a_failing_one_says_why():
     wrong = list(rows([compared(name="wrong", call=lambda x: 2.2 * x)], "cpu", LIMITS, rounds=1))
     assert [round(row["error"], 3) for row in wrong] == [0, 0.1, 0, 0.1]
+    assert [round(row["gradient_error"], 3) for row in wrong] == [0, 0.1, 0, 0.1]
+
+    class WrongGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 3 * grad
+
+    wrong = list(rows([compared(name="wrong back", call=WrongGradient.apply)], "cpu", LIMITS, rounds=1))
+    assert [(row["error"], row["gradient_error"]) for row in wrong] == [(0, 0), (0, 0.5)] * 2
 
     def fail(x):
         raise RuntimeError("no such\nkernel")
@@ -104,6 +117,26 @@ def test_a_wrong_contender_shows_and_a_failing_one_says_why():
     ]
     assert [row["ms"] for row in failed] == [None, None]
     assert failed[0]["note"] == "cannot run: RuntimeError: no such kernel"
+
+
+def test_contenders_can_be_left_out_and_no_backend_is_timed_twice(tiny, monkeypatch):
+    monkeypatch.setattr(contenders, "_here", lambda device, cpu, cuda: ("chunked",))
+    kwargs = {"operators": ("gated_memory",), "points": ("GDN-2",)}
+    found = list(rows(comparisons("cpu", ("arena",), **kwargs), "cpu", LIMITS, rounds=1, without=("SDPA",)))
+    names = {row["contender"] for row in found}
+    assert "ours (auto)" in names and "ours (chunked)" not in names  # chunked is what auto runs
+    assert not any("SDPA" in name for name in names)
+
+
+def test_first_shapes_of_all_come_before_second_ones(tiny, monkeypatch):
+    shapes = {"arena": ((2, 12, 1, 16), (2, 14, 1, 16)), "lm": ((2, 13, 1, 16),)}
+    monkeypatch.setattr(contenders, "MEMORY_SHAPES", shapes)
+    found = comparisons("cpu", ("arena", "lm"), operators=("gated_memory",), points=("KDA", "GDN"))
+    order = [(x.setting, x.shape.split()[1]) for x in found]
+    assert order == [(p, t) for p in ("KDA", "GDN") for t in ("T12", "T13")] + [
+        ("KDA", "T14"),
+        ("GDN", "T14"),
+    ]
 
 
 def test_what_is_not_installed_is_left_out():

@@ -4,7 +4,13 @@ import itertools
 
 import pytest
 import torch
-from triton_interpreter import compiled, interpreted, poisoned, run_in_a_fresh_process  # noqa: F401
+from triton_interpreter import (  # noqa: F401
+    bfloat16_products,
+    compiled,
+    interpreted,
+    poisoned,
+    run_in_a_fresh_process,
+)
 
 from kernels import mlstm
 from kernels.gated_memory import triton as ours
@@ -119,16 +125,18 @@ def test_wide_heads_take_their_own_settings():
 
 
 @interpreted
+@pytest.mark.parametrize("seed", [5, 9])
 @pytest.mark.parametrize("keys", [1, 2])
-def test_repeated_keys_with_erase_two(keys):
-    # the traps of parity: one or two keys, eigenvalue -1, no decay, long. The key repeats at every token, and
-    # the rounding of k^T k adds up: T * 2^-23 is what fp32 can promise (a Neumann series gives 1e9)
-    T = 512
-    inputs, _ = inputs_of(5, (1, T, 1, 16, 16), (0, 1, 0))
+def test_repeated_keys_with_erase_two(keys, seed):
+    # the traps of parity: one or two keys, eigenvalue -1, no decay, long. The same rounding of k^T k, at most
+    # K 2^-24 of it, repeats at every token: the eigenvalue 1 - 2 k^T k is off by twice that, its T-th power
+    # by 2 T K 2^-24, which is what fp32 can promise (a Neumann series gives 1e9)
+    T, K = 512, 16
+    inputs, _ = inputs_of(seed, (1, T, 1, K, K), (0, 1, 0))
     which = torch.randint(keys, (T,), generator=torch.Generator().manual_seed(0))
     inputs[1] = inputs[1][:, which]
     inputs[4] = torch.full_like(inputs[4], 2.0)
-    compare(inputs, None, limit=T * 2.0**-23)
+    compare(inputs, None, limit=T * K * 2.0**-23)
 
 
 @interpreted
@@ -165,6 +173,15 @@ def test_sixteen_bit_inputs(dtype):
     assert [x.dtype for x in found if x is not None] == [dtype, torch.float32] + [dtype] * 3 + [
         torch.float32
     ] * 3
+
+
+@interpreted
+@pytest.mark.parametrize("kinds", [(1, 0, 1), (1, 1, 1), (2, 1, 1), (2, 2, 2)])
+def test_bfloat16_products(kinds, monkeypatch, bfloat16_products):  # noqa: F811
+    # as on a GPU, with operands stored in bfloat16: one rounding of each, some of them times a few
+    monkeypatch.setattr(ours, "product_type", lambda k, v: torch.bfloat16)
+    inputs, _ = inputs_of(13, (1, 35, 1, 20, 12), kinds, initial=True, dtype=torch.bfloat16)
+    compare(inputs, None, limit=1e-2)
 
 
 @interpreted

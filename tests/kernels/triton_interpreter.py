@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be interpreted")
 
-from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle  # noqa: E402
 
 from kernels.triton_products import multiply  # noqa: E402
 
@@ -50,3 +52,28 @@ def poisoned(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch):
+    """Let the interpreter multiply bfloat16 tiles (not their bits), and round to nearest (not cut)."""
+
+    def wide(x):
+        bits = x.dtype.scalar == tl.bfloat16
+        return (x.data.astype(np.uint32) << 16).view(np.float32) if bits else x.data
+
+    def create_dot(self, a, b, d, *_):
+        return TensorHandle(np.matmul(wide(a), wide(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+    plain = InterpreterBuilder.cast_impl
+
+    def cast(self, x, to):
+        kinds = x.dtype.scalar, to.scalar
+        if kinds == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(x.data).view(np.uint32)
+            return TensorHandle(((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).astype(np.uint16), tl.bfloat16)
+        return TensorHandle(wide(x), tl.float32) if kinds == (tl.bfloat16, tl.float32) else plain(self, x, to)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", lambda self, x, to, _: cast(self, x, to))

@@ -186,7 +186,7 @@ class Task:
             right = "batch_size must be >= 1 and index >= 0"
             raise ValueError(f"{self.name}: {right}, got {batch_size} and {index}")
         length, rows = int(length), len(seeds) * batch_size
-        keys = np.array([hash_key(self._identity, length, split, int(seed)) for seed in seeds], np.uint64)
+        keys = np.array([_key(self._identity, length, split, int(seed)) for seed in seeds], np.uint64)
         key, number = np.repeat(keys, batch_size), np.tile(np.arange(index, index + batch_size), len(seeds))
         wide = (length,) if self.tokens_per_position == 1 else (length, self.tokens_per_position)
         tokens, targets = np.empty((rows, *wide), np.int64), np.empty((rows, length), np.int64)
@@ -282,6 +282,12 @@ class Task:
             if not isinstance(getattr(self, parameter), bool):
                 value = getattr(self, parameter)
                 raise ValueError(f"{self.name}: {parameter} must be true or false, got {value!r}")
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _key(identity: str, length: int, split: str, seed: int) -> int:
+    """Of all samples of a task, length, split and seed; kept, for a training asks again at every step."""
+    return hash_key(identity, length, split, seed)
 
 
 def unscored(tokens: np.ndarray) -> np.ndarray:

@@ -108,8 +108,11 @@ def train_batch(
     return batch.tokens[own], batch.targets[own]
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """For CUDA in pinned memory, from where it is copied without waiting for the device."""
+    return tensor if device.type == "cpu" else tensor.pin_memory()
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move without waiting for the device: on CUDA from pinned memory."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    """Move without waiting for the device."""
+    return pinned(tensor, device).to(device, non_blocking=True)

@@ -17,8 +17,9 @@ from torch.func import functional_call, vmap
 from arena.mlp import Routing
 from arena.model import Model, ModelConfig, active_params, build_model, model_params
 from arena.training.config import FleetOutOfMemory, Replica, ReplicaResult, TrainConfig
-from arena.training.data import IGNORED, check_measurable, step_lengths, to_device, train_batch, valid_lengths
+from arena.training.data import IGNORED, check_measurable, pinned, step_lengths, train_batch, valid_lengths
 from arena.training.evaluation import Forward, Row, evaluate, negative_log_likelihood, row_sums, worst_rows
+from arena.training.graphs import Graphs
 from arena.training.optimiser import FlatParameters, FleetAdamW
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ def train_fleet(
     *,
     device: torch.device | str = "cpu",
     on_step: Callable[[int], None] | None = None,
+    graphs: bool = True,
 ) -> list[ReplicaResult]:
     """Train ``replicas`` of one model on one task together, each as if it were alone.
 
@@ -48,6 +50,8 @@ def train_fleet(
         replicas: seeds and hyper-parameters; one replica is the plain case of the same code.
         device: ``cpu`` or ``cuda``.
         on_step: called after every step with the number of steps done; what it raises ends the training.
+        graphs: on a GPU, record steps and evaluations as CUDA graphs (:mod:`arena.training.graphs`); results
+            are the same without, bit for bit.
 
     Returns:
         One result for each replica, in the order of ``replicas``.
@@ -59,7 +63,9 @@ def train_fleet(
     _check(model_config, task, train_config, replicas)
     return in_memory(
         len(replicas),
-        lambda: _train(_Fleet(model_config, task, train_config, replicas, torch.device(device)), on_step),
+        lambda: _train(
+            _Fleet(model_config, task, train_config, replicas, torch.device(device), graphs=graphs), on_step
+        ),
     )
 
 
@@ -114,6 +120,8 @@ class _Fleet:
         config: TrainConfig,
         replicas: Sequence[Replica],
         device: torch.device,
+        *,
+        graphs: bool = True,
     ) -> None:
         self.task, self.config, self.replicas, self.device = task, config, replicas, device
         self.lengths = step_lengths(config, task)
@@ -126,9 +134,11 @@ class _Fleet:
         self.state_bytes = {length: self.template.state_bytes(length) for length in sorted(measured)}
         self.optimiser = FleetAdamW(self.parameters, config, replicas)
         self.train_logits, self.eval_logits = _forwards(self.template, self.parameters)
+        self.graphs = Graphs(device) if graphs and device.type == "cuda" else None
         self.active = torch.ones(len(replicas), dtype=torch.bool, device=device)
         self.taken = torch.zeros(len(replicas), dtype=torch.int64, device=device)
         self.diverged = torch.zeros_like(self.active)
+        self.number = torch.zeros(1, dtype=torch.int64, device=device)
         self.loss_sum = torch.zeros(len(replicas), device=device)
         self.balance_sum = torch.zeros_like(self.loss_sum)
         self.last_point = 0
@@ -137,18 +147,27 @@ class _Fleet:
 
     def step(self, step: int) -> None:
         """Take one step; nothing here waits for the device."""
-        size = self.config.batch_size
         self.template.train()
         self.template.before_step(step, self.config.steps)
+        self.number.fill_(step)
         tokens, targets = train_batch(
-            self.task, self.seeds, step=step, batch_size=size, length=self.lengths[step]
+            self.task, self.seeds, step=step, batch_size=self.config.batch_size, length=self.lengths[step]
         )
-        losses, balance = self.losses(to_device(tokens, self.device), to_device(targets, self.device))
+        self._run("training", self._update, pinned(tokens, self.device), pinned(targets, self.device))
+
+    def _run(self, name: str, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        if self.graphs is not None:
+            return self.graphs.run(name, work, *inputs)
+        return work(*(x.to(self.device, non_blocking=True) for x in inputs))
+
+    def _update(self, tokens: Tensor, targets: Tensor) -> None:
+        """Take step ``number``: all of it is on the device, and what it changes is changed in place."""
+        losses, balance = self.losses(tokens, targets)
         total = losses if balance is None else losses + self.template.config.load_balance * balance
         grads = self.parameters.gradients(total.sum())
-        stepped = self.optimiser.step(step, grads, total.detach(), self.active)
+        stepped = self.optimiser.step(self.number, grads, total.detach(), self.active)
         self.diverged |= self.active & ~stepped
-        self.active = stepped
+        self.active.copy_(stepped)
         self.taken += stepped
         self.loss_sum += torch.where(stepped, losses.detach(), 0.0)
         if balance is not None:
@@ -167,7 +186,7 @@ class _Fleet:
         """Rows of every replica at the lengths of a split."""
         self.template.eval()
         return evaluate(
-            self.eval_logits,
+            lambda tokens: self._run("evaluation", self.eval_logits, tokens),
             self.task,
             self.config,
             split=split,
@@ -210,7 +229,7 @@ class _Fleet:
             if stop_at is not None:
                 going[index] = any(value["accuracy", length] < stop_at for length in self.valid)
         self.diverged |= torch.tensor(lost, device=self.device)
-        self.active = torch.tensor(going, device=self.device)
+        self.active.copy_(torch.tensor(going, device=self.device))
         self.loss_sum.zero_()
         self.balance_sum.zero_()
         self.last_point = done

@@ -120,13 +120,14 @@ class FleetAdamW:
         self._clip = torch.tensor([replica.clip for replica in replicas], device=values.device)
 
     @torch.no_grad()
-    def step(self, n: int, grads: Tensor, losses: Tensor, active: Tensor) -> Tensor:
+    def step(self, n: int | Tensor, grads: Tensor, losses: Tensor, active: Tensor) -> Tensor:
         """Take step n (from 0) for the active replicas whose loss, gradient and result are finite.
 
         Gradients or parameters whose norm overflows (elements of some 1e19) count as not finite.
 
         Args:
-            n: number of the step.
+            n: number of the step; as a tensor [1] on the device it is read there, each time a CUDA graph is
+                replayed.
             grads: [R,P], from ``FlatParameters.gradients``.
             losses: [R], the losses that were differentiated.
             active: [R], bool: replicas that still train.
@@ -139,7 +140,7 @@ class FleetAdamW:
         factor = (self._clip / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
         # where, not a product: 0 * NaN is NaN.
         g = torch.where(active[:, None], grads * factor[:, None], 0.0)
-        decay, size, eps = self._table[:, n]
+        decay, size, eps = self._table[:, n] if isinstance(n, int) else self._table.index_select(1, n)[:, 0]
         self._m.lerp_(g, 1.0 - self._beta1)
         self._v.lerp_(g.square_(), self._new_weight)
         update = self._m / self._v.sqrt().add_(eps)

@@ -71,25 +71,42 @@ def show_kernels(table: pl.DataFrame, console: Console) -> None:
 
 
 def show_training(table: pl.DataFrame, console: Console) -> None:
-    """One table, a line for each architecture and size of fleet; "vs singles": against one run at a time."""
+    """One table, a line for each architecture, size of fleet and path.
+
+    "vs singles": against a fleet of one; "vs loop": against a plain PyTorch loop that never evaluates.
+    """
     console = wide(console)
     phases = ("data", "forward", "backward", "optimiser", "evaluation")
     out = Table(title="training", title_justify="left")
-    headings = ("architecture", "task", "fleet", "step ms", "run steps/s", "runs/hour", "vs singles")
+    headings = (
+        *(
+            "architecture",
+            "task",
+            "fleet",
+            "path",
+            "step ms",
+            "run steps/s",
+            "runs/hour",
+            "vs singles",
+            "vs loop",
+        ),
+    )
     for heading in (*headings, *phases, "MB"):
         out.add_column(heading, justify="left" if heading in headings[:2] else "right")
     for row in table.iter_rows(named=True):
         if row["step_ms"] is None:
-            out.add_row(row["arch"], row["task"], str(row["fleet"]), row["note"])
+            out.add_row(row["arch"], row["task"], str(row["fleet"]), row["path"], row["note"])
             continue
         out.add_row(
             row["arch"],
             row["task"],
             str(row["fleet"]),
+            row["path"],
             f"{row['step_ms']:.3g}",
             f"{row['run_steps_s']:.4g}",
             f"{row['runs_per_hour']:.0f}",
             _number(row["times_one_by_one"], ".1f"),
+            _number(row["times_plain_loop"], ".1f"),
             *(f"{row[f'{name}_share']:.0%}" for name in phases),
             _number(row["memory_mb"], ".0f"),
         )
@@ -147,12 +164,16 @@ def draw_training(table: pl.DataFrame, about: Mapping[str, Any], path: Path) -> 
     if not len(data):
         raise ValueError("nothing was measured")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    lines = data.select("fleet", "runs_per_hour", "arch", "task").to_dict(as_series=False)
-    sns.lineplot(data=lines, x="fleet", y="runs_per_hour", hue="arch", style="task", marker="o", ax=left)
+    data = data.with_columns(how=pl.format("{}, {}", "task", "path"))
+    lines = data.select("fleet", "runs_per_hour", "arch", "how").to_dict(as_series=False)
+    sns.lineplot(data=lines, x="fleet", y="runs_per_hour", hue="arch", style="how", marker="o", ax=left)
     left.set(xscale="log", yscale="log", xlabel="replicas in a fleet", ylabel="runs per hour")
     largest = data.group_by("arch", "task", maintain_order=True).last()
     bottom = [0.0] * len(largest)
-    names = [f"{row['arch']}\n{row['task']} x{row['fleet']}" for row in largest.iter_rows(named=True)]
+    names = [
+        f"{row['arch']}\n{row['task']} x{row['fleet']}\n{row['path']}"
+        for row in largest.iter_rows(named=True)
+    ]
     for name in ("data", "forward", "backward", "optimiser", "evaluation"):
         values = largest[f"{name}_share"].to_list()
         right.bar(names, values, bottom=bottom, label=name)

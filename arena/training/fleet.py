@@ -150,10 +150,14 @@ class _Fleet:
         self.template.train()
         self.template.before_step(step, self.config.steps)
         self.number.fill_(step)
+        self._run("training", self._update, *self.batch(step))
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of a step, on the host, from where they can be copied without waiting."""
         tokens, targets = train_batch(
             self.task, self.seeds, step=step, batch_size=self.config.batch_size, length=self.lengths[step]
         )
-        self._run("training", self._update, pinned(tokens, self.device), pinned(targets, self.device))
+        return pinned(tokens, self.device), pinned(targets, self.device)
 
     def _run(self, name: str, work: Callable[..., Any], *inputs: Tensor) -> Any:
         if self.graphs is not None:

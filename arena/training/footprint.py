@@ -38,9 +38,8 @@ def measure_footprint(
 ) -> Footprint:
     """Train two replicas, then one, for a step at the longest training length, and look at the peaks.
 
-    An evaluation needs no more than a training step. On a GPU the steps that are recorded (CUDA graphs) are
-    counted too. On the CPU every allocation of torch is counted, so that the answer does not depend on what
-    else the machine does.
+    An evaluation needs no more than a training step. On the CPU every allocation of torch is counted, so that
+    the answer does not depend on what else the machine does.
 
     Args:
         model_config: the architecture.
@@ -64,11 +63,9 @@ def measure_footprint(
         stop_at=None,
     )
 
-    def step(size: int) -> _Fleet:
+    def step(size: int) -> None:
         replicas = [Replica(seed=seed) for seed in range(size)]
-        fleet = _Fleet(model_config, task, one_step, replicas, device, graphs=False)
-        fleet.step(0)
-        return fleet
+        _Fleet(model_config, task, one_step, replicas, device).step(0)
 
     peak = _cuda_peak if device.type == "cuda" else _cpu_peak
     # two first: what a first step leaves behind for all later ones then counts as a replica's, not against it
@@ -107,12 +104,9 @@ def _cuda_peak(step: Any, size: int) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fleet = step(size)
+    step(size)
     torch.cuda.synchronize()
-    kept = torch.cuda.memory_allocated() - before
-    del fleet
-    peak = torch.cuda.max_memory_allocated() - before
-    return peak + (peak - kept)  # CUDA graphs have memory of their own for what a step does not keep
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _cpu_peak(step: Any, size: int) -> int:

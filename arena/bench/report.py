@@ -43,7 +43,17 @@ def show_kernels(table: pl.DataFrame, console: Console) -> None:
         out = Table(title=f"{operator}, {dtype}", title_justify="left")
         for heading in ("setting", "shape", "pass", "contender"):
             out.add_column(heading, no_wrap=heading == "pass")
-        for heading in ("ms", "graph ms", "vs ours", "GB/s", "of copy", "of matmul", "MB", "error"):
+        for heading in (
+            "ms",
+            "graph ms",
+            "vs ours",
+            "GB/s",
+            "of copy",
+            "of matmul",
+            "MB",
+            "error",
+            "grad error",
+        ):
             out.add_column(heading, justify="right")
         before: tuple[str, ...] = ()
         for row in part.filter(pl.col("ms").is_not_null()).iter_rows(named=True):
@@ -61,6 +71,7 @@ def show_kernels(table: pl.DataFrame, console: Console) -> None:
                 f"{row['of_matmul']:.1%}",
                 f"{row['memory_mb']:.3g}",
                 _number(row["error"], ".0e"),
+                _number(row["gradient_error"], ".0e"),
             )
             before = where
         console.print(out)

@@ -113,7 +113,7 @@ def _check(contender: Contender, comparison: Comparison, truth: tuple[Tensor, li
 
     try:
         with torch.no_grad(), recording() as record:
-            call(*leaves)  # in full: what runs may depend on the size
+            contender.call(*contender.leaves)  # in full: what runs may depend on the size
         used = " ".join(f"{key}={value}" for key, value in sorted(record.items()))
         if contender.note == OTHER:
             return Checked(used=used)

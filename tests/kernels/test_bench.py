@@ -59,8 +59,11 @@ def test_every_operator_is_compared_and_ours_agrees_with_the_loop(tiny):
         if row["ours"]:
             assert row["error"] < 1e-5 and row["ms"] > 0 and row["memory_mb"] > 0, row
             assert row["backend"]
+            assert row["gradient_error"] < 1e-5
         if row["contender"] == "ours (auto)":
             assert row["ours_times_faster"] == 1
+        if "SDPA" in row["contender"]:
+            assert row["ms"] > 0 and row["error"] is None, row["note"]
 
 
 def test_selected_operators_and_points(tiny):

@@ -1,7 +1,7 @@
 """Work that is the same for the GPU each time, recorded once for every shape and replayed: CUDA graphs.
 
-A training step of a small model is a thousand or more small kernels. Launched from Python one by one they
-take several times as long as they run.
+A training step of a small model is many small kernels, which Python launches one by one; a replay launches
+all of them. No GPU has run this yet: ``train_fleet`` does not use it unless it is asked to.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Graphs:
     """Runs work on a device; the second time that it comes with inputs of one shape, it is recorded.
 
     The first time it runs as it is: that compiles kernels, and a shape that is met once costs nothing more. A
-    replay runs the same kernels on the same memory in the same order: its results are the same bit for bit.
+    replay runs the same kernels on the same memory in the same order, which should give the same bits.
 
     What the work reads beside its inputs is read anew each time, from where it lay at the recording; so
     whatever changes between calls must be a tensor that is changed in place. Nothing in it may wait for the
